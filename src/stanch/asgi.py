@@ -1,0 +1,291 @@
+"""One pure ASGI middleware: it gives each call a unit of work, and settles it as the reply is about to leave.
+
+Starlette keeps the machinery for answering an exception private:
+``starlette._exception_handler.wrap_app_handling_exceptions`` and the scope keys
+``starlette.exception_handlers`` and ``starlette.max_body_size`` are used in this module only, and
+``tests/test_contract.py`` holds them on the oldest and the newest supported version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, cast
+
+from starlette._exception_handler import wrap_app_handling_exceptions
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import Request
+
+from stanch.errors import ConfigError, NotInstalled
+from stanch.unit import Kind, Mode, Unit, Unsaved
+
+if TYPE_CHECKING:
+    from stanch.database import Database
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CommitMode = Literal["auto", "manual"]
+MODES: Final = {"auto": Mode.AUTO, "manual": Mode.MANUAL}
+
+_CALL: Final = "stanch"
+"""Where the call lives: in the scope, not in a ContextVar, which a socket's reader handle can pin for ever."""
+
+_LAST_WORDS: Final = frozenset({"http.response.body", "http.response.pathsend", "http.response.zerocopysend"})
+_ERROR: Final = 400
+"""The lowest status that rolls back."""
+
+_NEVER_SUPERSEDED: Final = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+
+
+class ReplyAbandoned(BaseException):
+    """Raised from every ``send`` of a reply whose commit failed, to unwind whoever is producing it.
+
+    Not an ``Exception``: handlers, ``except Exception`` and a mounted app's catch-all must not answer it. Not
+    a cancellation either: task groups swallow that in their children, and background tasks would run.
+    """
+
+
+def unit_of(scope: Scope) -> Unit:
+    """The unit of work of an ASGI scope; ``NotInstalled`` where there is none."""
+    call = scope.get(_CALL)
+    if isinstance(call, _Call):
+        return call.unit
+    raise NotInstalled(
+        "there is no unit of work here, so there is no session to give",
+        remedies=[
+            "Write install(app, db) where the app is made (stanch.fastapi), or add UnitMiddleware.",
+            "Middleware runs outside the unit: use async with db.session() there.",
+        ],
+    )
+
+
+class UnitMiddleware:
+    """Gives each HTTP request and websocket a unit of work over *databases*.
+
+    Guarantees: a status below 400 leaves only after every COMMIT has succeeded; a COMMIT that fails becomes
+    the reply, through the app's own exception handlers; exactly one reply is sent; every session is closed
+    when the call ends, also when it is cancelled. Must be the innermost middleware: what stands inside it is
+    settled, what stands outside cannot ask for the unit's session and can still change a reply that was
+    committed.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        databases: Iterable[Database[Any]],
+        *,
+        commit_mode: CommitMode = "auto",
+        unsaved: Unsaved = "warn",
+    ) -> None:
+        self.app = app
+        self.databases = list(databases)
+        self.unsaved: Unsaved = _judge("unsaved", unsaved, ("warn", "raise", "ignore"))
+        self.mode = MODES[_judge("commit_mode", commit_mode, tuple(MODES))]
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one call of the app inside; anything but HTTP and websockets passes untouched."""
+        # Not a coroutine itself, here and in Exchange.send: an app call without a session pays for one only.
+        match scope["type"]:
+            case "http":
+                return Exchange(self, scope, receive, send).run()
+            case "websocket":
+                return Conversation(self, scope, receive, send).run()
+            case _:
+                return self.app(scope, receive, send)
+
+
+class _Call:
+    """One call of the app, and its unit of work: made when somebody asks for it."""
+
+    __slots__ = ("_middleware", "_outer", "_receive", "_scope", "_send", "_unit")
+    kind: ClassVar[Kind]
+
+    def __init__(self, middleware: UnitMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        self._middleware = middleware
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._unit: Unit | None = None
+        self._outer: _Call | None = scope.get(_CALL)
+        scope[_CALL] = self
+
+    @property
+    def unit(self) -> Unit:
+        if self._unit is None:
+            middleware = self._middleware
+            if self._outer is None:
+                unit = Unit(middleware.databases, kind=self.kind)
+            else:
+                # A mounted app with middleware of its own: the innermost settles, the outermost closes.
+                unit = self._outer.unit
+                unit.adopt(middleware.databases)
+            unit.mode, unit.unsaved = middleware.mode, middleware.unsaved
+            self._unit = unit
+        return self._unit
+
+    async def _close(self, *, well: bool) -> None:
+        if self._unit is not None and self._outer is None:
+            await self._unit.close(well=well)
+
+
+class _Phase(IntEnum):
+    """How much of the reply has left."""
+
+    NOTHING = 0
+    STARTED = 1
+    COMPLETE = 2
+
+
+class Exchange(_Call):
+    """One HTTP request and its reply: the unit is settled where the reply passes."""
+
+    __slots__ = ("_app_outside", "_failure", "_phase", "_status")
+    kind = Kind.REQUEST
+
+    def __init__(self, middleware: UnitMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__(middleware, scope, receive, send)
+        self._app_outside = scope.get("app")
+        self._status = 0
+        self._phase = _Phase.NOTHING
+        self._failure: Exception | None = None
+
+    async def run(self) -> None:
+        """Run the app with a ``send`` that settles; answer in its place if a commit failed; close the unit."""
+        try:
+            await self._middleware.app(self._scope, self._receive, self.send)
+        except BaseException as error:
+            if self._failure is None or isinstance(error, _NEVER_SUPERSEDED):
+                await self._close(well=False)
+                raise
+            _remember(error, beside=self._failure)
+        else:
+            if self._failure is None:
+                if self._unit is not None:
+                    await self._close(well=self._phase is _Phase.COMPLETE)
+                return
+        await self._answer_instead(self._failure)
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Forward *message*; settle before the start of the reply, and before its last message."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            reached = _Phase.STARTED
+        elif message["type"] in _LAST_WORDS and not message.get("more_body", False):
+            reached = _Phase.COMPLETE
+        else:
+            reached = self._phase
+        if self._unit is None:
+            self._phase = reached
+            return self._send(message)
+        return self._settle_and_send(message, reached)
+
+    async def _settle_and_send(self, message: Message, reached: _Phase) -> None:
+        if self._failure is not None:
+            # State, not the exception, is the truth: whatever swallowed it, nothing of the dead reply leaves.
+            raise ReplyAbandoned from self._failure
+        if reached is not self._phase:
+            try:
+                await self.unit.settle(commit=self._is_success())
+            except Exception as failure:
+                self._failure = failure
+                raise ReplyAbandoned from failure
+            self._phase = reached
+        # Outside the settling: an OSError of the client's socket is not the database's.
+        await self._send(message)
+
+    def _is_success(self) -> bool:
+        return self._status < _ERROR and not self._is_too_large()
+
+    def _is_too_large(self) -> bool:
+        # Starlette's body limiter stands outside us and will put a 413 in the place of this reply.
+        limit = self._scope.get("starlette.max_body_size")
+        if limit is None:
+            return False
+        length: bytes = dict(self._scope["headers"]).get(b"content-length", b"0")
+        return length.isdigit() and int(length) > int(limit)
+
+    async def _answer_instead(self, failure: Exception) -> None:
+        """Let the app's own handlers answer *failure*, once; unhandled, it leaves here for the server's."""
+        if self._has_reached(_Phase.STARTED):
+            # The start has left: a reply that breaks off is the only honest one now.
+            await self._close(well=False)
+            raise failure
+        second = await self._second_try(failure)
+        await self._close(well=second is None and self._has_reached(_Phase.COMPLETE))
+        if second is not None:
+            raise failure from second
+
+    async def _second_try(self, failure: Exception) -> Exception | None:
+        """Send the app's answer to *failure*; what made the commit of that answer fail, if anything."""
+
+        async def fail(_scope: Scope, _receive: Receive, _send: Send) -> NoReturn:
+            raise failure
+
+        # The connection that a dependency received has the body cached; a fresh one would wait for it forever.
+        connection = self.unit.connection or Request(self._scope, self._receive)
+        answer: ASGIApp = wrap_app_handling_exceptions(fail, connection)
+        if self._scope.get("app") is not self._app_outside:
+            answer = _with_server_errors(answer, self._scope["app"])
+        self._failure = None
+        try:
+            await answer(self._scope, self._receive, self.send)
+        except BaseException as error:
+            if not self._has_failed() or isinstance(error, _NEVER_SUPERSEDED):
+                await self._close(well=False)
+                raise
+        # Here too state is the truth: a second failure that a handler swallowed was answered by nobody.
+        return self._failure
+
+    def _has_reached(self, phase: _Phase) -> bool:
+        return self._phase >= phase
+
+    def _has_failed(self) -> bool:
+        return self._failure is not None
+
+
+class Conversation(_Call):
+    """One websocket: while it waits for its peer it holds no connection and has nothing uncommitted."""
+
+    __slots__ = ()
+    kind = Kind.WEBSOCKET
+
+    async def run(self) -> None:
+        """Run the app with a ``receive`` that holds nothing; close the unit."""
+        well = False
+        try:
+            await self._middleware.app(self._scope, self._receive_holding_nothing, self._send)
+            well = True
+        finally:
+            await self._close(well=well)
+
+    async def _receive_holding_nothing(self) -> Message:
+        if self._unit is not None:
+            await self._unit.pause()
+        return await self._receive()
+
+
+def _with_server_errors(answer: ASGIApp, app: Any) -> ASGIApp:
+    # A mounted app's own ServerErrorMiddleware lies inside us and has unwound already.
+    handler = app.exception_handlers.get(500) or app.exception_handlers.get(Exception)
+    return ServerErrorMiddleware(answer, handler=handler, debug=app.debug)
+
+
+def _remember(error: BaseException, *, beside: Exception) -> None:
+    """Keep what else went wrong while the dead reply unwound, unless it is only the unwinding itself."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        for part in group.exceptions:
+            _remember(part, beside=beside)
+    elif not isinstance(error, ReplyAbandoned):
+        beside.add_note(f"while the reply was being abandoned, {type(error).__name__} was raised as well")
+
+
+def _judge(setting: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value in allowed:
+        return value
+    raise ConfigError(f"{setting}: got {value!r}", remedies=[f"Use one of {', '.join(map(repr, allowed))}."])

@@ -1,0 +1,56 @@
+"""Runs an operation to its end although the task that waits for it is cancelled, once, twice or again and again.
+
+Two kinds of cancellation reach us. asyncio's is an edge: one ``CancelledError``, later awaits work again.
+anyio's (Starlette's task groups, ``BaseHTTPMiddleware``) is a level: every await raises until its scope ends.
+A task of our own is out of reach of the first, a shielded scope around the wait keeps the second from
+spinning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+_out_of_reach: Final[WeakSet[asyncio.Task[Any]]] = WeakSet()
+"""Tasks that nobody outside this module can name, hence nobody cancels."""
+
+
+def is_out_of_reach() -> bool:
+    """Whether the running task is one of ours, so that another shield would buy nothing."""
+    return asyncio.current_task() in _out_of_reach
+
+
+async def run_to_completion(operation: Coroutine[Any, Any, T]) -> T:
+    """Await *operation* to its end in a task of its own; a cancellation meanwhile is re-raised afterwards.
+
+    *operation* must end by itself: give it a deadline. If it failed and the wait was cancelled too, the
+    cancellation is raised with the failure as its cause.
+    """
+    if is_out_of_reach():
+        return await operation
+    task = asyncio.create_task(operation)
+    _out_of_reach.add(task)
+    cancelled: asyncio.CancelledError | None = None
+    with _anyio_shield():
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled from (None if task.cancelled() else task.exception())
+    return task.result()
+
+
+def _anyio_shield() -> AbstractContextManager[object]:
+    # Where nobody has imported anyio there is no scope to be shielded from, and the core need not import it.
+    anyio = sys.modules.get("anyio")
+    return nullcontext() if anyio is None else anyio.CancelScope(shield=True)

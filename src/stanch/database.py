@@ -1,0 +1,302 @@
+"""The ``Database``: one object that lives as long as the app and opens everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+
+from stanch.callers import place_of_caller
+from stanch.completion import run_to_completion
+from stanch.engines import beside_engine, from_engine, from_url
+from stanch.errors import ConfigError
+from stanch.events import Event, Observer, Observers, WorkDropped
+from stanch.lifetime import Lifetime
+from stanch.readiness import until_it_answers
+from stanch.sessions import Guard, guard_of, guarded
+from stanch.settings import Settings, judge_url
+from stanch.transactions import Ending, IsolationLevel, connection_options, finish
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from sqlalchemy import URL
+
+    from stanch.drivers import Driver
+    from stanch.engines import Equipped
+    from stanch.ledger import Stats
+    from stanch.settings.options import Options
+
+S = TypeVar("S", bound=AsyncSession)
+
+
+class Database(Generic[S]):
+    """A database of the app: its engine, its pool, its sessions and transactions.
+
+    Construction judges every setting and opens nothing. ``async with db`` (or ``open()`` and ``close()``)
+    opens and drains it; it nests, and can be opened again. Without it, the first use opens.
+
+    *source* is a URL (``str`` or SQLAlchemy ``URL``) or an existing ``AsyncEngine``, whose pool is then
+    replaced by ours of the same size (``adopt=False`` leaves it alone; what is promised about the pool then
+    does not hold). *session_class* is the class of every session, typed through. All settings are those of
+    ``Settings``, under SQLAlchemy's and PostgreSQL's own names; a wrong one raises ``ConfigError`` here,
+    before anything opens.
+
+    >>> Database("sqlite+aiosqlite:///:memory:", name="shop")
+    <Database 'shop', not opened yet>
+    """
+
+    @overload
+    def __init__(
+        self: Database[AsyncSession],
+        source: str | URL | AsyncEngine,
+        *,
+        name: str = ...,
+        adopt: bool = ...,
+        **settings: Unpack[Options],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        source: str | URL | AsyncEngine,
+        *,
+        session_class: type[S],
+        name: str = ...,
+        adopt: bool = ...,
+        **settings: Unpack[Options],
+    ) -> None: ...
+
+    def __init__(
+        self,
+        source: str | URL | AsyncEngine,
+        *,
+        session_class: type[Any] = AsyncSession,
+        name: str = "main",
+        adopt: bool = True,
+        **settings: Unpack[Options],
+    ) -> None:
+        self.name = name
+        self._observers = Observers()
+        self._lifetime = Lifetime(name)
+        self._session_class = _judge_session_class(session_class)
+        if not isinstance(source, AsyncEngine):
+            self._blueprint = from_url(judge_url(source), settings, observers=self._observers, database=name)
+        elif adopt:
+            self._blueprint = from_engine(source, settings, observers=self._observers, database=name)
+        else:
+            self._blueprint = beside_engine(source, settings)
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str] | None = None, *, name: str = "main"
+    ) -> Database[AsyncSession]:
+        """From ``DATABASE_URL`` and ``STANCH_<SETTING>``, as in ``STANCH_POOL_SIZE=20``.
+
+        Raises ``ConfigError`` for a missing URL, an unknown ``STANCH_`` name or a value that does not parse.
+        """
+        url, settings = Settings.from_environ(os.environ if environ is None else environ)
+        return Database(url, name=name, **cast("Options", settings))
+
+    # What it is -----------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._blueprint.settings
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """SQLAlchemy's engine, for those who must; its pool is ours."""
+        return self._equipped.engine
+
+    @property
+    def driver(self) -> Driver:
+        """What is particular to the database driver in use; for stanch's own shells."""
+        return self._blueprint.driver
+
+    @cached_property
+    def session_factory(self) -> async_sessionmaker[S]:
+        """The ``async_sessionmaker``, for libraries that ask for one. Its sessions are guarded, and yours to close."""
+        return async_sessionmaker(
+            self.engine,
+            class_=self._session_class,
+            sync_session_class=guarded(self._session_class),
+            autoflush=self.settings.autoflush,
+            expire_on_commit=self.settings.expire_on_commit,
+            close_resets_only=False,
+        )
+
+    def stats(self) -> Stats:
+        """How many connections are in use and idle, and how many callers wait, at this moment."""
+        return self._equipped.stats()
+
+    def observe(self, observer: Observer) -> None:
+        """Tell *observer* of every event as it happens, after the log."""
+        self._observers.add(observer)
+
+    def tell(self, event: Event) -> None:
+        """Tell the log and every observer of *event*; for stanch's own shells."""
+        self._observers.tell(event)
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name!r}, {self._lifetime.state.value}>"
+
+    # Opening and closing --------------------------------------------------------------------------------
+
+    async def open(self, *, wait: float = 0.0) -> Self:
+        """Make sure the database answers; the first of several openers does, the others are counted.
+
+        While the server is starting or unreachable, try again for up to *wait* seconds (jittered backoff),
+        then raise what stood in the way. Any other failure is raised at once.
+        """
+        if self._lifetime.open():
+            try:
+                await until_it_answers(self.engine, wait=wait)
+            except BaseException:
+                await self.close()
+                raise
+        return self
+
+    async def close(self) -> None:
+        """The last opener's close drains: refuse new sessions, wait for open ones, then close every connection.
+
+        Waits at most ``drain_timeout`` seconds; what is held even then is severed and told as ``StillHeld``.
+        Closing twice does nothing.
+        """
+        if self._lifetime.close():
+            await run_to_completion(self._drain())
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self.close()
+
+    @asynccontextmanager
+    async def lifespan(self, _app: object = None) -> AsyncGenerator[None]:
+        """``async with db`` in the shape of an ASGI lifespan: ``FastAPI(lifespan=db.lifespan)``."""
+        async with self:
+            yield
+
+    # Connections ----------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[AsyncConnection]:
+        """A connection as ``AsyncEngine.connect()`` gives it: you commit; what you did not commit rolls back."""
+        self._lifetime.enter()
+        try:
+            connection = await self.engine.connect()
+            try:
+                yield connection
+            finally:
+                await run_to_completion(connection.close())
+        finally:
+            self._lifetime.leave()
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncGenerator[AsyncConnection]:
+        """A connection in a transaction, as ``AsyncEngine.begin()``: commits at the end, rolls back on an error."""
+        async with self.connect() as connection:
+            transaction = await connection.begin()
+            yield connection
+            await transaction.commit()
+
+    # Sessions -------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[S]:
+        """A plain session. You commit; uncommitted work rolls back at the end, and a ``WorkDropped`` event says so.
+
+        After the block the session is closed for good: using it raises ``SessionClosed``.
+        """
+        session = self.new_session(str(place_of_caller()))
+        ending = self.ending(session)
+        try:
+            yield session
+        except BaseException:
+            await finish(ending, commit=False)
+            raise
+        await run_to_completion(ending.close())
+
+    @asynccontextmanager
+    async def transaction(
+        self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
+    ) -> AsyncGenerator[S]:
+        """A session in a transaction that commits at the end of the block and rolls back if the block raises.
+
+        Raises ``CommitRefused`` if the server rolled back instead, and ``CommitUnknown`` if the connection
+        was lost while COMMIT was on its way. ``rollback_only(session)`` makes the end a rollback without an
+        error. *isolation_level* and *read_only* are those of PostgreSQL's ``SET TRANSACTION`` and cost no
+        round trip.
+        """
+        options = connection_options(self.driver, isolation_level=isolation_level, read_only=read_only)
+        session = self.new_session(str(place_of_caller()), options)
+        ending = self.ending(session)
+        try:
+            yield session
+        except BaseException:
+            await finish(ending, commit=False)
+            raise
+        await finish(ending, commit=not guard_of(session).rollback_only)
+
+    def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
+        """A session on the books of this ``Database``, for stanch's own shells; its ``ending`` must close it."""
+        guard = Guard(holder, database=self.name, on_end=self._session_ended)
+        guard.connection_options = options or {}
+        session = self.session_factory(guard=guard)
+        self._lifetime.enter()
+        return session
+
+    def ending(self, session: AsyncSession) -> Ending:
+        """What ends *session*, bounded by ``commit_timeout`` and ``close_timeout``; for stanch's own shells."""
+        return Ending(
+            session,
+            driver=self.driver,
+            observers=self._observers,
+            timeout=self.settings.close_timeout,
+            commit_timeout=self.settings.commit_timeout,
+        )
+
+    # Private --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _equipped(self) -> Equipped:
+        return self._blueprint.build()
+
+    def _session_ended(self, guard: Guard, dropped: tuple[str, ...]) -> None:
+        self._lifetime.leave()
+        if dropped:
+            self._observers.tell(WorkDropped(database=self.name, holder=guard.holder, writes=dropped))
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self._lifetime.empty()
+        except TimeoutError:
+            if self._equipped.pool is not None:
+                self._equipped.pool.sever_held()
+        if "_equipped" in self.__dict__:
+            await self.engine.dispose()
+        self._lifetime.closed()
+
+
+def rollback_only(session: AsyncSession) -> None:
+    """Mark the unit of work of *session*: it will roll back at its end, without an error.
+
+    In a request the reply leaves as the handler made it, also a 200; nothing of the unit is stored.
+    """
+    guard_of(session).rollback_only = True
+
+
+def _judge_session_class(session_class: type[Any]) -> type[Any]:
+    if issubclass(session_class, AsyncSession):
+        return session_class
+    raise ConfigError(
+        f"session_class: expected a subclass of sqlalchemy.ext.asyncio.AsyncSession, got {session_class!r}",
+        remedies=["For SQLModel, use sqlmodel.ext.asyncio.session.AsyncSession."],
+    )

@@ -1,0 +1,211 @@
+"""What a driver must be able to do for the pool and the engine, and how any of them opens a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from traceback import clear_frames
+from types import new_class
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+
+from stanch.errors import CommitRefused, DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from sqlalchemy.engine import URL
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from stanch.settings import Settings
+
+READ_ONLY_KEY: Final = "stanch.read_only"
+"""In a pooled connection's ``info``: the next transaction only reads. SQLite's BEGIN takes it out again."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan:
+    """How to make the engine: for ``create_async_engine(url, connect_args=…, **engine_options)``.
+
+    *url* holds no parameter that might be a secret, so that the engine's ``repr`` may be shown; its driver is
+    named. *settings* are those in force for this URL: an in-memory SQLite database has one connection, whatever
+    the default. No ``repr``: *connect_args* may hold a password.
+    """
+
+    url: URL
+    connect_args: dict[str, Any]
+    engine_options: dict[str, Any]
+    settings: Settings
+
+
+class Driver(Protocol):
+    """One database driver, as far as stanch must know it. It holds no state; *connection* is the driver's own.
+
+    ``sever``, ``looks_dead`` and ``is_idle`` never raise, never wait and never make a round trip.
+    """
+
+    name: ClassVar[str]
+    read_only_options: ClassVar[Mapping[str, Any]]
+    """SQLAlchemy execution options that make one transaction of a connection read only."""
+
+    def plan(self, url: URL, settings: Settings) -> Plan:
+        """What *url* and *settings* mean to this driver. Raises `ConfigError` for what it cannot honour."""
+        ...
+
+    def adopt(self, connect_args: dict[str, Any], settings: Settings) -> None:
+        """Make an existing engine's next connection one of ours: bounded, and aware of a refused COMMIT.
+
+        *connect_args* are those of a ``do_connect`` event and are changed in place. An ``async_creator_fn`` among
+        them is still what opens the connection.
+        """
+        ...
+
+    def sever(self, connection: Any) -> None:
+        """Cut *connection* off at once. Whoever waits for it gets the driver's ordinary disconnect error."""
+        ...
+
+    def looks_dead(self, connection: Any) -> bool:
+        """Whether the other side is known to have gone. False is no promise: silence looks like life."""
+        ...
+
+    def is_idle(self, connection: Any) -> bool:
+        """Whether *connection* is open and neither in an operation nor in a transaction."""
+        ...
+
+    def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
+        """Replace, on this engine's dialect, what the driver needs replaced. Opens nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One server to try, and its name for the operator; a name holds host and port, nothing else."""
+
+    where: str
+    open: Callable[[], Awaitable[Any]]
+
+
+def attempts(
+    open_one: Callable[..., Awaitable[Any]],
+    parameters: Mapping[str, Any],
+    *,
+    hosts: Sequence[Any] = (),
+    ports: Sequence[Any] = (),
+) -> list[Attempt]:
+    """An attempt by ``open_one(**parameters)`` for each of several *hosts*, or the one there is.
+
+    One at a time, so that a server that stays silent cannot use up the time of the others, and so that
+    ``target_session_attrs`` means the same on every driver.
+    """
+    if len(hosts) < 2:
+        each = [dict(parameters)]
+    else:
+        ports = ports if len(ports) > 1 else [*(ports or [None])] * len(hosts)
+        each = [{**parameters, "host": host, "port": port} for host, port in zip(hosts, ports, strict=True)]
+        if parameters.get("target_session_attrs") == "prefer-standby":
+            each = [{**one, "target_session_attrs": attrs} for attrs in ("standby", "any") for one in each]
+    return [Attempt(_where(one), partial(open_one, **one)) for one in each]
+
+
+async def reach(attempts: Sequence[Attempt], *, timeout: float, refusals: tuple[type[Exception], ...]) -> Any:
+    """The connection of the first of *attempts* that works, all of them together within *timeout* seconds.
+
+    Each gets its share of the time that is left. Raises `DatabaseUnavailable`, whose cause is the last failure: an
+    ``OSError`` or one of the driver's *refusals*. When it is cancelled, no socket is left open.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + timeout
+    troubles: tuple[type[Exception], ...] = (OSError, UnicodeError, *refusals)  # UnicodeError: no host name
+    failures: list[tuple[str, Exception]] = []
+    for number, attempt in enumerate(attempts):
+        share = (deadline - clock()) / (len(attempts) - number)
+        try:
+            async with asyncio.timeout(share):
+                return await _without_remains(attempt)
+        except troubles as error:
+            failures.append((attempt.where, error))
+    raise unavailable(failures, timeout) from failures[-1][1]
+
+
+async def _without_remains(attempt: Attempt) -> Any:
+    try:
+        return await attempt.open()
+    except BaseException as error:
+        # The frames of the traceback own the half-open socket (psycopg's is closed when its generator dies) and
+        # the password, and an error may be kept for long.
+        clear_frames(error.__traceback__)
+        raise
+
+
+_COMBINED: Final[dict[tuple[type[Any], type[Any]], type[Any]]] = {}
+
+
+def combined(ours: type[Any], theirs: type[Any]) -> type[Any]:
+    """*theirs* with *ours* before it: what it adds, it adds to a user's own connection class, too."""
+    if issubclass(theirs, ours):
+        return theirs
+    if issubclass(ours, theirs):
+        return ours
+    key = ours, theirs
+    if key not in _COMBINED:
+        _COMBINED[key] = new_class(theirs.__name__, key, exec_body=lambda body: body.update(__slots__=()))
+    return _COMBINED[key]
+
+
+def made_ours(connection: Any, ours: type[Any]) -> Any:
+    """*connection*, which somebody else has opened, from now on of the class *ours* as well.
+
+    Python allows it between classes of one layout, and *ours* adds no slot. What is no connection of this driver
+    (a proxy) stays as it is, and what *ours* promises does not hold for it.
+    """
+    with suppress(TypeError):
+        connection.__class__ = combined(ours, connection.__class__)
+    return connection
+
+
+def unavailable(failures: Sequence[tuple[str, Exception]], timeout: float) -> DatabaseUnavailable:
+    """What to tell the operator; nothing of it is for a reply."""
+    told = "; ".join(f"{where} {_reason(error)}" for where, error in failures)
+    return DatabaseUnavailable(
+        f"no connection to the database (connect_timeout {timeout:.2f} s): {told}",
+        remedies=[
+            "See whether the server runs and listens there: pg_isready -h <host> -p <port>.",
+            "If it answers, its log says whom it turned away and why; the driver's own error is the cause of this one.",
+            "If it is only slow to accept, raise connect_timeout.",
+        ],
+    )
+
+
+def commit_refused(by: str) -> CommitRefused:
+    """The error for a COMMIT that stored nothing although no error came back."""
+    return CommitRefused(
+        f"COMMIT stored nothing: {by} had rolled the transaction back after an earlier error",
+        remedies=[
+            "Find the error that was caught and not raised again; work after it was lost as well.",
+            "Put work that may fail into a savepoint: async with session.begin_nested().",
+        ],
+    )
+
+
+def _reason(error: Exception) -> str:
+    sqlstate = getattr(error, "sqlstate", None)
+    match error:
+        case TimeoutError():
+            return "did not answer in time"
+        case ConnectionRefusedError():
+            return "refused the connection"
+        case socket.gaierror() | UnicodeError():
+            return "is not a host name that is known here"
+        case OSError():
+            return f"could not be reached ({type(error).__name__})"
+        case _ if isinstance(sqlstate, str):
+            return f"turned the connection away (SQLSTATE {sqlstate})"
+        case _:
+            return f"did not take the connection ({type(error).__name__})"
+
+
+def _where(parameters: Mapping[str, Any]) -> str:
+    host, port = parameters.get("host") or "the default server", parameters.get("port")
+    return f"{host}:{port}" if port else str(host)

@@ -1,0 +1,169 @@
+"""Makes an engine stanch's own: from a URL, or by taking an existing one over.
+
+Both ways meet in ``_equip``: the engine's pool is replaced by ours (``Engine.pool`` is an attribute; its
+listeners are carried over), the ends of its transactions are bounded, its errors are translated. The private
+names of the replaced pool (``_recycle``, ``_pre_ping``, ``_timeout``, ``_max_overflow``, ``_do_get``) are used
+in this module only.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+
+from stanch.drivers import driver_of, driver_of_engine
+from stanch.errors import ConfigError
+from stanch.ledger import Stats
+from stanch.pool import Pool
+from stanch.seams import replace_transaction_ends, translate_errors
+from stanch.settings import Settings
+from stanch.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import Pool as SQLAlchemyPool
+
+    from stanch.drivers import Driver
+    from stanch.events import Observers
+
+
+@dataclass(frozen=True, slots=True)
+class Equipped:
+    """An engine, and the pool of ours inside it; *pool* is None where the engine keeps its own."""
+
+    engine: AsyncEngine
+    pool: Pool | None
+
+    def stats(self) -> Stats:
+        """The counts of this moment, of whichever pool the engine has."""
+        if self.pool is not None:
+            return self.pool.stats()
+        foreign = self.engine.sync_engine.pool
+        if isinstance(foreign, QueuePool):
+            return Stats(
+                pool_size=foreign.size(),
+                max_overflow=foreign._max_overflow,
+                in_use=foreign.checkedout(),
+                idle=foreign.checkedin(),
+                waiting=0,
+                adopted=False,
+            )
+        return Stats(pool_size=1, max_overflow=0, in_use=0, idle=0, waiting=0, adopted=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """Settings that were judged as a whole, and how to build the engine from them once it is needed."""
+
+    settings: Settings
+    driver: Driver
+    build: Callable[[], Equipped]
+
+
+def from_url(url: URL, given: Mapping[str, Any], *, observers: Observers, database: str) -> Blueprint:
+    """A new engine for *url*, built on first use; every setting and URL parameter is judged now."""
+    driver = driver_of(url)
+    plan = driver.plan(url, Settings.judge(**given))
+    settings = plan.settings
+    equip = partial(_equip, settings=settings, driver=driver, observers=observers, database=database)
+
+    def build() -> Equipped:
+        poolclass = StaticPool if settings.poolclass is StaticPool else NullPool  # NullPool: replaced by ours
+        options = {"hide_parameters": True, **plan.engine_options}
+        return equip(
+            create_async_engine(plan.url, poolclass=poolclass, connect_args=plan.connect_args, **options)
+        )
+
+    return Blueprint(settings, driver, build)
+
+
+def from_engine(
+    engine: AsyncEngine, given: Mapping[str, Any], *, observers: Observers, database: str
+) -> Blueprint:
+    """Take an existing *engine* over: its pool is replaced now by ours of the same size, its listeners are kept.
+
+    Raises ``ConfigError`` while connections of its own pool are out: they would be lost to our books.
+    """
+    sync_engine = engine.sync_engine
+    _refuse_used(sync_engine.pool)
+    driver = driver_of_engine(engine)
+    choice = dict(given)
+    sync_engine.hide_parameters = bool(choice.pop("hide_parameters", True))
+    settings = Settings.judge(**{**_habits_of(sync_engine.pool), **choice})
+    _sever_idle(sync_engine.pool, driver)
+
+    def adopt(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
+        driver.adopt(parameters, settings)
+
+    event.listen(sync_engine, "do_connect", adopt)
+    equipped = _equip(engine, settings=settings, driver=driver, observers=observers, database=database)
+    return Blueprint(settings, driver, lambda: equipped)
+
+
+def beside_engine(engine: AsyncEngine, given: Mapping[str, Any]) -> Blueprint:
+    """Use *engine* as it is, pool and all: only its sessions are ours."""
+    settings = Settings.judge(**{**_habits_of(engine.sync_engine.pool), **given})
+    return Blueprint(settings, driver_of_engine(engine), lambda: Equipped(engine, None))
+
+
+def _equip(
+    engine: AsyncEngine, *, settings: Settings, driver: Driver, observers: Observers, database: str
+) -> Equipped:
+    sync_engine = engine.sync_engine
+    watch = Watch(driver)
+    driver.prepare_engine(engine, settings)
+    replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch)
+    translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
+    if isinstance(sync_engine.pool, StaticPool):
+        return Equipped(
+            engine, None
+        )  # SQLite :memory: lives in its one connection; another pool would lose it
+    pool = Pool(
+        sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database
+    )
+    sync_engine.pool = pool
+    return Equipped(engine, pool)
+
+
+def _refuse_used(pool: SQLAlchemyPool) -> None:
+    if isinstance(pool, Pool):
+        raise ConfigError(
+            "engine: this engine already belongs to a Database",
+            remedies=["Use that Database, or pass adopt=False to only look on."],
+        )
+    if isinstance(pool, QueuePool) and pool.checkedout():
+        raise ConfigError(
+            f"engine: {pool.checkedout()} of its connections are checked out, so its pool cannot be replaced",
+            remedies=["Hand the engine over before its first use.", "Close its connections first."],
+        )
+
+
+def _sever_idle(pool: SQLAlchemyPool, driver: Driver) -> None:
+    """Cut off what an earlier use of *pool* left open: nobody would ever close it. There is no loop to await in."""
+    if isinstance(pool, QueuePool):
+        for _ in range(pool.checkedin()):
+            driver.sever(pool._do_get().driver_connection)
+
+
+def _habits_of(pool: SQLAlchemyPool) -> dict[str, Any]:
+    """The size and habits of a pool, under their public names."""
+    habits: dict[str, Any] = {"pool_recycle": pool._recycle, "pool_pre_ping": pool._pre_ping}
+    if isinstance(pool, QueuePool):
+        habits |= {
+            "pool_size": pool.size(),
+            "max_overflow": pool._max_overflow,
+            "pool_timeout": pool._timeout,
+        }
+    if isinstance(pool, NullPool | StaticPool):
+        habits["poolclass"] = type(pool)
+    return habits

@@ -1,0 +1,192 @@
+"""Every error stanch raises: what happened with figures, what to do about it, and a code to look up.
+
+Each is also the SQLAlchemy error people already catch, and never a builtin ``OSError`` or ``TimeoutError``,
+so that an app's own handlers for those stay its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sqlalchemy import exc
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class StanchError(exc.SQLAlchemyError):
+    """The base of all errors raised by stanch.
+
+    ``str()`` is the sentence *what* happened, then numbered *remedies*, most likely first, then the line
+    ``stanch explain <error_code>``. No text ever holds a password, a parameter value or row content.
+
+    >>> print(StanchError("the door is shut", remedies=["Open it."]))
+    the door is shut
+      1. Open it.
+      stanch explain stanch
+    """
+
+    error_code: ClassVar[str] = "stanch"
+
+    def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
+        # Past DBAPIError, which wants the statement, the parameters and the driver's error.
+        exc.SQLAlchemyError.__init__(self, what)
+        self.what = what
+        self.remedies = tuple(remedies)
+
+    def __str__(self) -> str:
+        numbered = [f"  {number}. {remedy}" for number, remedy in enumerate(self.remedies, 1)]
+        return "\n".join([self.what, *numbered, f"  stanch explain {self.error_code}"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.what, self.remedies))
+
+
+def _rebuild(kind: type[StanchError], what: str, remedies: tuple[str, ...]) -> StanchError:
+    error = kind.__new__(kind)
+    StanchError.__init__(error, what, remedies=remedies)
+    return error
+
+
+class _Operational(StanchError, exc.OperationalError):
+    """An ``OperationalError`` that no statement caused: it carries no SQL and no parameters."""
+
+    statement = None
+    params = None
+    ismulti = None
+    hide_parameters = True
+    connection_invalidated = True
+    detail: list[str] = []  # noqa: RUF012  # SQLAlchemy's own attribute, filled by add_detail(); never shown here
+
+    def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
+        StanchError.__init__(self, what, remedies=remedies)
+
+    @property
+    def orig(self) -> BaseException | None:  # type: ignore[override]  # here it is the cause, not an argument
+        return self.__cause__
+
+
+# Settings -------------------------------------------------------------------------------------------------
+
+
+class ConfigError(StanchError, exc.ArgumentError):
+    """A setting is wrong, or two contradict each other. Raised at construction, before anything opens."""
+
+    error_code = "config"
+
+
+class DriverMissing(ConfigError):
+    """The URL names a driver that is not installed. The text says what to install."""
+
+    error_code = "driver-missing"
+
+
+# The pool and the server ----------------------------------------------------------------------------------
+
+
+class PoolExhausted(StanchError, exc.TimeoutError):
+    """No connection came free within ``pool_timeout``. Nothing was executed."""
+
+    error_code = "pool-exhausted"
+
+
+class DatabaseUnavailable(_Operational):
+    """No connection to the server could be made: refused, unreachable, no such host, or not in time."""
+
+    error_code = "unavailable"
+
+
+class DatabaseClosed(StanchError, exc.InvalidRequestError):
+    """The ``Database`` is closing or was closed, so it opens no new session or connection."""
+
+    error_code = "database-closed"
+
+
+# Commits --------------------------------------------------------------------------------------------------
+
+
+class CommitRefused(StanchError, exc.PendingRollbackError):
+    """COMMIT was asked for, but the server rolled back: an earlier error had aborted the transaction.
+
+    PostgreSQL answers COMMIT of an aborted transaction with the command tag ``ROLLBACK`` and no error
+    (PostgreSQL manual, *COMMIT*). Nothing of the transaction is stored.
+    """
+
+    error_code = "commit-refused"
+
+
+class CommitUnknown(_Operational):
+    """The connection was lost while COMMIT was on its way: the work is stored or it is not; nobody here knows.
+
+    Never retried by stanch. Ask the database whether the work is there before doing it again.
+    """
+
+    error_code = "commit-unknown"
+
+
+class PartialCommit(StanchError):
+    """A unit over several databases: some had committed when a later one failed.
+
+    ``committed`` and ``failed`` are the names of the databases. There is no two-phase commit.
+    """
+
+    error_code = "partial-commit"
+    committed: tuple[str, ...] = ()
+    failed: str = ""
+
+
+# Sessions and units ---------------------------------------------------------------------------------------
+
+
+class SessionClosed(StanchError, exc.InvalidRequestError):
+    """The session was used after its unit of work had ended."""
+
+    error_code = "session-closed"
+
+
+class SessionOverlap(StanchError, exc.InvalidRequestError):
+    """Two tasks were inside one session at the same time."""
+
+    error_code = "session-overlap"
+
+
+class ConnectionCommitRefused(StanchError, exc.InvalidRequestError):
+    """``commit()`` or ``rollback()`` was called on a session's connection, behind the session's back."""
+
+    error_code = "connection-commit"
+
+
+class WriteRefused(StanchError, exc.InvalidRequestError):
+    """A unit that may only read ended with writes; they were rolled back."""
+
+    error_code = "write-refused"
+
+
+class UnsavedWrites(StanchError, exc.InvalidRequestError):
+    """A unit in manual commit mode succeeded, but left writes that nobody had committed; they were rolled back."""
+
+    error_code = "unsaved-writes"
+
+
+class UnitConflict(StanchError, exc.InvalidRequestError):
+    """Two places of one unit ask for things that exclude each other, or ask too late."""
+
+    error_code = "unit-conflict"
+
+
+class NotInstalled(StanchError, exc.InvalidRequestError):
+    """A session was asked for where no unit of work is: ``install(app, db)`` is missing, or it is middleware."""
+
+    error_code = "not-installed"
+
+
+class AsyncSessionInSyncEndpoint(StanchError, exc.InvalidRequestError):
+    """A ``def`` endpoint asks for an ``AsyncSession``; un-awaited, it would store nothing and answer 200."""
+
+    error_code = "sync-endpoint"
+
+
+class DeadlinePassed(_Operational):
+    """Something of stanch's own took longer than its deadline allowed; the connection in hand was severed."""
+
+    error_code = "deadline"

@@ -1,0 +1,110 @@
+"""What can happen that somebody should know of, as frozen values, and who is told.
+
+An event's ``str()`` is one sentence for a log; its fields carry the same facts under the project's words.
+No field ever holds SQL, a parameter value or a URL.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+logger: Final = logging.getLogger("stanch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened to the database called *database*."""
+
+    level: ClassVar[int] = logging.WARNING
+    database: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkDropped(Event):
+    """A session ended with writes that nobody had committed; they were rolled back."""
+
+    holder: str
+    writes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.holder} ended with uncommitted writes ({', '.join(self.writes)}); they were rolled back"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionSevered(Event):
+    """A connection was cut off instead of being reused or waited for."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"a connection of database {self.database!r} was severed: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StillHeld(Event):
+    """``close()`` stopped waiting for this holder and severed its connection."""
+
+    holder: str
+    held: float
+
+    def __str__(self) -> str:
+        return (
+            f"database {self.database!r} closed while a connection was still held"
+            f" for {self.held:.2f} s by {self.holder}; it was severed"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeardownFailed(Event):
+    """Ending a session failed after its outcome had already been decided and told."""
+
+    level: ClassVar[int] = logging.ERROR
+    holder: str
+    error: BaseException
+
+    def __str__(self) -> str:
+        return f"ending the session of {self.holder} failed: {type(self.error).__name__}"
+
+
+Observer = Callable[[Event], None]
+
+
+class Observers:
+    """Everyone who is told, in the order they came; the log is the first.
+
+    An observer only looks: what it raises is logged and goes no further.
+
+    >>> seen = []
+    >>> observers = Observers()
+    >>> observers.add(seen.append)
+    >>> observers.tell(ConnectionSevered(database="shop", reason="not idle at checkin"))
+    >>> print(seen[0])
+    a connection of database 'shop' was severed: not idle at checkin
+    """
+
+    __slots__ = ("_observers",)
+
+    def __init__(self) -> None:
+        self._observers: list[Observer] = [log]
+
+    def add(self, observer: Observer) -> None:
+        """Tell *observer* as well from now on."""
+        self._observers.append(observer)
+
+    def tell(self, event: Event) -> None:
+        """Tell everyone of *event*."""
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception:
+                logger.exception("an observer failed on %s", type(event).__name__)
+
+
+def log(event: Event) -> None:
+    """Write *event* to the logger ``stanch``."""
+    logger.log(event.level, "%s", event)

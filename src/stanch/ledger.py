@@ -1,0 +1,180 @@
+"""Who holds which connection, since when, and who waits: the pool's whole state and the only place that counts.
+
+The ledger is pure: it never waits, opens or closes anything, and the pool asks it under the pool's lock. A
+*slot* is the right to have one connection open; there are never more of them than ``pool_size +
+max_overflow``. A slot is idle (its connection is open and nobody holds it) or out (somebody holds it, open or
+not yet open). A slot that comes free goes to whoever has waited longest, also when its connection is gone:
+what is handed over is then the right to open one. So a failed connect, a severed connection and a cancelled
+waiter all pass their turn on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from stanch.callers import whereabouts
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator
+
+Slot = TypeVar("Slot")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """One connection now out: which task took it, and when (monotonic seconds)."""
+
+    task: asyncio.Task[object] | None
+    since: float
+
+    @property
+    def holder(self) -> str:
+        """The holder in words: its task and where that task stands now."""
+        return whereabouts(self.task)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """The counts of one moment. ``in_use + idle`` never exceeds ``pool_size + max_overflow``.
+
+    >>> Stats(pool_size=5, max_overflow=2, in_use=1, idle=3, waiting=0).size
+    4
+    """
+
+    pool_size: int
+    max_overflow: int
+    in_use: int
+    idle: int
+    waiting: int
+    adopted: bool = True
+    """False where the engine keeps a pool of its own: who waits and who holds is then not known."""
+
+    @property
+    def size(self) -> int:
+        """Connections open or being opened."""
+        return self.in_use + self.idle
+
+    def __add__(self, other: Stats) -> Stats:
+        """Two pools of one database seen as one: each event loop has its own."""
+        return Stats(
+            pool_size=self.pool_size,
+            max_overflow=self.max_overflow,
+            in_use=self.in_use + other.in_use,
+            idle=self.idle + other.idle,
+            waiting=self.waiting + other.waiting,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Waiter(Generic[Slot]):
+    """A place in the queue. *wake* is called once, after *slot* has been handed over."""
+
+    task: asyncio.Task[object] | None
+    wake: Callable[[], None]
+    slot: Slot | None = field(default=None)
+
+
+class Ledger(Generic[Slot]):
+    """The books of one pool on one event loop.
+
+    >>> ledger = Ledger[list[str]](pool_size=1, max_overflow=0, clock=lambda: 0.0)
+    >>> first = ledger.take(None, new=lambda: ["a"])
+    >>> first
+    ['a']
+    >>> ledger.take(None, new=lambda: ["b"]) is None
+    True
+    >>> waiter = Waiter[list[str]](None, wake=lambda: None)
+    >>> ledger.enqueue(waiter)
+    >>> ledger.give_back(first, usable=True)
+    True
+    >>> waiter.slot is first, ledger.stats().in_use
+    (True, 1)
+    """
+
+    __slots__ = ("_clock", "_idle", "_max_overflow", "_out", "_pool_size", "_queue", "_to_keep")
+
+    def __init__(
+        self, *, pool_size: int, max_overflow: int, clock: Callable[[], float], keeps_idle: bool = True
+    ) -> None:
+        self._clock = clock
+        self._pool_size = pool_size
+        self._max_overflow = max_overflow
+        self._to_keep = pool_size if keeps_idle else 0
+        self._idle: deque[Slot] = deque()
+        self._out: dict[int, tuple[Slot, Checkout]] = {}
+        self._queue: deque[Waiter[Slot]] = deque()
+
+    def take(self, task: asyncio.Task[object] | None, *, new: Callable[[], Slot]) -> Slot | None:
+        """An idle slot, or a *new* one while there is room; None if the caller must wait.
+
+        Never overtakes a waiter: while somebody waits, the answer is None.
+        """
+        if self._queue:
+            return None
+        if self._idle:
+            slot = self._idle.popleft()
+        elif len(self._out) < self._pool_size + self._max_overflow:
+            slot = new()
+        else:
+            return None
+        self._hand(slot, task)
+        return slot
+
+    def enqueue(self, waiter: Waiter[Slot]) -> None:
+        """Let *waiter* wait behind all who came before."""
+        self._queue.append(waiter)
+
+    def give_up(self, waiter: Waiter[Slot], *, usable: Callable[[Slot], bool]) -> Slot | None:
+        """End a wait that was cancelled or took too long.
+
+        A slot that had been handed over in the same moment goes to the next waiter or becomes idle; it is
+        returned if neither wants it, for the caller to close.
+        """
+        if waiter.slot is None:
+            self._queue.remove(waiter)
+            return None
+        return None if self.give_back(waiter.slot, usable=usable(waiter.slot)) else waiter.slot
+
+    def give_back(self, slot: Slot, *, usable: bool) -> bool:
+        """Take *slot* back. True: it was handed on or kept idle. False: it left the books, close its connection.
+
+        *usable*: its connection is open and may serve again. An unusable slot is still handed to a waiter, as
+        the right to open a connection.
+        """
+        del self._out[id(slot)]
+        if self._queue:
+            waiter = self._queue.popleft()
+            self._hand(slot, waiter.task)
+            waiter.slot = slot
+            waiter.wake()
+            return True
+        if usable and len(self._idle) < self._to_keep:
+            self._idle.append(slot)
+            return True
+        return False
+
+    def clear_idle(self) -> list[Slot]:
+        """Forget all idle slots and return them, for the caller to close."""
+        idle = list(self._idle)
+        self._idle.clear()
+        return idle
+
+    def held(self) -> Iterator[tuple[Slot, Checkout]]:
+        """The slots now out, longest held first."""
+        return iter(sorted(self._out.values(), key=lambda entry: entry[1].since))
+
+    def _hand(self, slot: Slot, task: asyncio.Task[object] | None) -> None:
+        self._out[id(slot)] = (slot, Checkout(task, self._clock()))
+
+    def stats(self) -> Stats:
+        """The counts of this moment."""
+        return Stats(
+            pool_size=self._pool_size,
+            max_overflow=self._max_overflow,
+            in_use=len(self._out),
+            idle=len(self._idle),
+            waiting=len(self._queue),
+        )

@@ -1,0 +1,80 @@
+"""Takes row content out of a driver's error messages, in place, before anybody can log them.
+
+SQLAlchemy's ``hide_parameters`` hides the bound parameters but not what the server itself quotes:
+PostgreSQL's DETAIL names the values of a violated key or the whole failing row, and the messages of SQLSTATE
+class 22 (data exception) quote the input (PostgreSQL manual, *Error and Notice Message Fields*).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy.exc import DBAPIError
+
+from stanch.sqlstate import sqlstate_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_QUOTING_FIELDS: Final = ("detail", "hint", "context", "internal_query", "query")
+"""What asyncpg appends to ``str(error)`` or keeps beside it."""
+
+_QUOTING_CLASSES: Final = {"22": "data exception", "P0": "PL/pgSQL error"}
+"""SQLSTATE classes whose very message may quote a value; in P0 it is what the author of a trigger wrote."""
+
+
+def redact(error: BaseException) -> None:
+    r"""Cut every message in the chain of *error* down to what names no value; types and SQLSTATEs stay.
+
+    >>> import psycopg
+    >>> error = psycopg.errors.UniqueViolation('duplicate key "orders_pkey"\nDETAIL:  Key (id)=(42) already exists.')
+    >>> redact(error)
+    >>> str(error)
+    'duplicate key "orders_pkey"'
+    """
+    for link in _chain(error):
+        if isinstance(link, DBAPIError):
+            link.hide_parameters = True
+            link.args = (_without_values(link, str(link.args[0])),) if link.args else ()
+        elif _is_of_a_driver(link):
+            for field in _QUOTING_FIELDS:
+                if getattr(link, field, None) is not None:
+                    _forget(link, field)
+            link.args = tuple(_without_values(link, part) for part in link.args if isinstance(part, str))
+
+
+def _without_values(error: BaseException, message: str) -> str:
+    state = sqlstate_of(error) or ""
+    kind = _QUOTING_CLASSES.get("22" if type(error).__name__ == "DataError" else state[:2])
+    if kind is not None:
+        return f"{kind} {state}".rstrip() + " (message withheld: it may quote the value)"
+    return message.partition("\n")[0]
+
+
+def _is_of_a_driver(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in {
+        "asyncpg",
+        "psycopg",
+        "sqlite3",
+        "aiosqlite",
+        "sqlalchemy",
+    }
+
+
+def _forget(error: BaseException, field: str) -> None:
+    try:
+        setattr(error, field, None)
+    except AttributeError:  # a read-only property of the driver's; str() does not show it
+        return
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        link = pending.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        pending += [getattr(link, "orig", None), link.__cause__, link.__context__]

@@ -1,0 +1,147 @@
+"""Begins and ends the work of one session: with which options, committed or rolled back, and always closed."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from stanch.completion import run_to_completion
+from stanch.errors import ConfigError
+from stanch.events import TeardownFailed
+from stanch.sessions import guard_of, guarded_session
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator, Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from stanch.drivers import Driver
+    from stanch.events import Observers
+
+IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
+
+ISOLATION_LEVELS: Final[tuple[IsolationLevel, ...]] = (
+    "READ UNCOMMITTED",
+    "READ COMMITTED",
+    "REPEATABLE READ",
+    "SERIALIZABLE",
+)
+"""Weakest first (PostgreSQL manual, *Transaction Isolation*)."""
+
+
+def connection_options(
+    driver: Driver, *, isolation_level: IsolationLevel | None, read_only: bool
+) -> Mapping[str, Any]:
+    """What a transaction's connection must be told before it begins; nothing for the defaults.
+
+    Both drivers put these into BEGIN itself: they cost no round trip, and end with the transaction.
+    """
+    options: dict[str, Any] = {}
+    if isolation_level is not None:
+        if isolation_level not in ISOLATION_LEVELS:
+            raise ConfigError(
+                f"isolation_level: got {isolation_level!r}",
+                remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."],
+            )
+        options["isolation_level"] = isolation_level
+    if read_only:
+        options |= driver.read_only_options
+    return options
+
+
+class Ending:
+    """Ends the transaction of one session, in bounded time, although somebody may still be inside.
+
+    Settling under a running statement would poison the pooled connection. So an ending first waits for whoever is
+    inside; when the time is over the connection is severed, which sends them out with a disconnect error.
+    """
+
+    __slots__ = ("_commit_timeout", "_driver", "_observers", "_timeout", "session")
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        *,
+        driver: Driver,
+        observers: Observers,
+        timeout: float,
+        commit_timeout: float,
+    ) -> None:
+        self.session = session
+        self._driver = driver
+        self._observers = observers
+        self._timeout = timeout
+        self._commit_timeout = commit_timeout
+
+    async def commit(self) -> None:
+        """Flush, then COMMIT; raises what made it fail."""
+        await self.everyone_out()
+        if guarded_session(self.session).has_pending():
+            with self._severed_after(self._commit_timeout):
+                await self.session.flush()
+            await self.everyone_out()  # a stream's next statement may have come in while the flush was under way
+        await self.session.commit()  # bounds itself, where COMMIT is written
+
+    async def roll_back(self) -> None:
+        """ROLLBACK; what was only read keeps its state. A failure is told, not raised: nothing is stored anyway."""
+        await self._quietly(self._roll_back)
+
+    async def close(self) -> None:
+        """Close the session for good. A failure is told, not raised: the outcome was decided before."""
+        await self._quietly(self.session.close)
+
+    async def everyone_out(self) -> None:
+        """Wait until no task is inside the session; after the timeout its connection is severed first."""
+        guard = guard_of(self.session)
+        if guard.inside is None:
+            return
+        with self._severed_after(self._timeout):
+            await guard.left()
+
+    async def _roll_back(self) -> None:
+        sync_session = guarded_session(self.session)
+        transaction = sync_session.get_transaction()
+        if transaction is None:
+            return
+        if sync_session.unsaved() or sync_session.in_nested_transaction() or not transaction.is_active:
+            await self.session.rollback()
+        else:
+            # rollback() would expire what was read; ending the transaction alone does not.
+            await self.session.run_sync(lambda _session: transaction.close())
+
+    async def _quietly(self, ending: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await self.everyone_out()
+            with self._severed_after(self._timeout):
+                await ending()
+        except Exception as error:  # noqa: BLE001  # told in full; raising would hide the error under way
+            guard = guard_of(self.session)
+            self._observers.tell(TeardownFailed(database=guard.database, holder=guard.holder, error=error))
+
+    @contextmanager
+    def _severed_after(self, timeout: float) -> Generator[None]:
+        alarm = asyncio.get_running_loop().call_later(timeout, self._sever)
+        try:
+            yield
+        finally:
+            alarm.cancel()
+
+    def _sever(self) -> None:
+        for connection in guarded_session(self.session).driver_connections():
+            self._driver.sever(connection)
+
+
+async def finish(ending: Ending, *, commit: bool) -> None:
+    """Commit or roll back, then close, out of reach of cancellation; raises only what made the commit fail."""
+
+    async def go() -> None:
+        try:
+            if commit:
+                await ending.commit()
+            else:
+                await ending.roll_back()
+        finally:
+            await ending.close()
+
+    await run_to_completion(go())

@@ -1,0 +1,311 @@
+"""One unit of work: the sessions of one request (or websocket, or job), settled together and always closed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import text
+
+from stanch.completion import run_to_completion
+from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites, WriteRefused
+from stanch.events import WorkDropped
+from stanch.sessions import guarded_session
+from stanch.transactions import ISOLATION_LEVELS, IsolationLevel, connection_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    from stanch.database import Database
+    from stanch.sessions import GuardedSession
+
+Unsaved = Literal["warn", "raise", "ignore"]
+"""What becomes of writes that a successful unit in manual mode left uncommitted, besides being rolled back."""
+
+
+class Mode(IntEnum):
+    """How the end of a unit treats a session; of several wishes the strongest holds."""
+
+    READ = 0  # refuses to end with writes
+    MANUAL = 1  # the handler commits; what it left is rolled back
+    AUTO = 2  # commits when the unit succeeds
+
+
+class Kind(Enum):
+    """What a unit belongs to. In a websocket nothing is committed but by hand."""
+
+    REQUEST = "request"
+    WEBSOCKET = "websocket"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What one place of the app asks of the unit's session. *source* names the place in a conflict.
+
+    >>> reader = Wish(source="ReaderDep", mode=Mode.READ)
+    >>> reader.join(Wish(source="SessionDep", mode=Mode.AUTO)).mode
+    <Mode.AUTO: 2>
+    """
+
+    source: str
+    mode: Mode
+    isolation_level: IsolationLevel | None = None
+    read_only: bool = False
+
+    def join(self, other: Wish) -> Wish:
+        """Both wishes as one: the stronger mode, the stronger isolation; ``read_only`` bans writers.
+
+        Raises ``UnitConflict``, naming both places, when one is a writer and the other bans it.
+        """
+        ban, rival = (self, other) if self.read_only else (other, self)
+        if ban.read_only and rival.mode is not Mode.READ:
+            raise UnitConflict(
+                f"{rival.source} asks for a session that may write, but {ban.source} is read_only",
+                remedies=[
+                    "Ask for ReaderDep where nothing is written.",
+                    f"Or take read_only=True off {ban.source}.",
+                ],
+            )
+        return Wish(
+            source=(self if self.mode >= other.mode else other).source,
+            mode=max(self.mode, other.mode),
+            isolation_level=max(self.isolation_level, other.isolation_level, key=_strength),
+            read_only=ban.read_only,
+        )
+
+
+def _strength(level: IsolationLevel | None) -> int:
+    return -1 if level is None else ISOLATION_LEVELS.index(level)
+
+
+class Charge:
+    """One database's session in a unit, and what was asked of it."""
+
+    __slots__ = ("database", "ending", "session", "wish")
+
+    def __init__(self, database: Database[Any], wish: Wish, holder: str) -> None:
+        self.database = database
+        self.wish = wish
+        self.session: AsyncSession = database.new_session(holder)
+        self.ending = database.ending(self.session)
+        self._apply_options()
+
+    async def join(self, wish: Wish) -> None:
+        """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
+        joined = self.wish.join(wish)
+        stronger = (joined.isolation_level, joined.read_only) != (
+            self.wish.isolation_level,
+            self.wish.read_only,
+        )
+        if stronger and self._sync.in_transaction_on_server():
+            raise UnitConflict(
+                f"{wish.source} asks for another transaction than {self.wish.source} has already begun",
+                remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
+            )
+        self.wish = joined
+        if stronger:
+            self._apply_options()
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is begun, nothing pending: there is nothing to settle, and it costs nothing to say so."""
+        session = self._sync
+        return session.guard.inside is None and not session.in_transaction() and not session.has_pending()
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:
+        """Names of what was written and not committed."""
+        return self._sync.unsaved()
+
+    @property
+    def holder(self) -> str:
+        """Whose session it is, in words."""
+        return self._sync.guard.holder
+
+    def take_rollback_only(self) -> bool:
+        """Whether ``rollback_only`` marks what is settled now; the mark is spent."""
+        marked, self._sync.guard.rollback_only = self._sync.guard.rollback_only, False
+        return marked
+
+    @property
+    def _sync(self) -> GuardedSession:
+        return guarded_session(self.session)
+
+    def _apply_options(self) -> None:
+        self._sync.guard.connection_options = connection_options(
+            self.database.driver, isolation_level=self.wish.isolation_level, read_only=self.wish.read_only
+        )
+
+
+class Unit:
+    """The unit of work of one request: at most one session for each database, opened on first use.
+
+    ``settle`` is called as the reply is about to leave, ``close`` when the app call has ended. A session used
+    between the two is a unit of its own, settled by the next ``settle`` or by ``close``.
+    """
+
+    __slots__ = ("_charges", "connection", "databases", "holder", "kind", "mode", "unsaved")
+
+    def __init__(self, databases: Sequence[Database[Any]], *, kind: Kind) -> None:
+        self.databases = databases
+        self.kind = kind
+        self.mode = Mode.AUTO
+        self.unsaved: Unsaved = "warn"
+        self.holder = kind.value
+        self.connection: Any = None
+        """The framework's connection object, for whoever must answer in place of a failed reply."""
+        self._charges: dict[int, Charge] = {}
+
+    @property
+    def used(self) -> bool:
+        """Whether any session was asked for."""
+        return bool(self._charges)
+
+    async def session(self, database: Database[Any], wish: Wish) -> AsyncSession:
+        """The unit's session of *database*: made on the first wish, joined by the later ones.
+
+        It holds no connection until its first statement.
+        """
+        if self.kind is Kind.WEBSOCKET and wish.mode is Mode.AUTO:
+            # Another socket's broadcast passes through this socket's send: no message can mean "commit".
+            wish = replace(wish, mode=Mode.MANUAL)
+        charge = self._charges.get(id(database))
+        if charge is None:
+            charge = self._charges[id(database)] = Charge(database, wish, self.holder)
+        else:
+            await charge.join(wish)
+        return charge.session
+
+    def database(self, name: str | None) -> Database[Any]:
+        """The database called *name*, or the first; ``NotInstalled`` if there is none of that name."""
+        for database in self.databases:
+            if name is None or database.name == name:
+                return database
+        known = ", ".join(repr(database.name) for database in self.databases) or "none"
+        raise NotInstalled(
+            f"no database called {name!r} is installed (installed: {known})",
+            remedies=[
+                f"Name it where it is made: Database(url, name={name!r}).",
+                "Pass it to install(app, db, ...).",
+            ],
+        )
+
+    def adopt(self, databases: Sequence[Database[Any]]) -> None:
+        """Add the databases of an app mounted inside."""
+        self.databases = [*self.databases, *(other for other in databases if other not in self.databases)]
+
+    async def settle(self, *, commit: bool) -> None:
+        """Commit or roll back what every session has done so far, and give all connections back.
+
+        Raises what made a commit fail; then nothing of that database is stored. With several databases all of
+        them flush and check their deferred constraints before the first COMMIT, commits follow the order of
+        installation, and a failure after the first success is ``PartialCommit``. Cannot be cancelled halfway.
+        """
+        charges = self._in_order()
+        marked = [charge for charge in charges if charge.take_rollback_only()]
+        busy = [charge for charge in charges if not charge.quiet]
+        if busy:
+            await run_to_completion(self._settle(busy, commit=commit and not marked))
+
+    async def close(self, *, well: bool) -> None:
+        """Settle what was done since the reply (commit if the call ended *well*), then close every session."""
+        if self._charges:
+            await run_to_completion(self._close(well=well))
+
+    async def pause(self) -> None:
+        """Before a websocket waits for its peer: give connections back; ``UnsavedWrites`` if there are writes."""
+        for charge in self._in_order():
+            if charge.quiet:
+                continue
+            if writes := charge.unsaved:
+                raise UnsavedWrites(
+                    f"{charge.holder} waits for its peer with uncommitted writes ({', '.join(writes)})",
+                    remedies=["Commit each message: async with session.begin(), or await session.commit()."],
+                )
+            await charge.ending.roll_back()
+
+    # Private --------------------------------------------------------------------------------------------
+
+    def _in_order(self) -> list[Charge]:
+        order = {id(database): position for position, database in enumerate(self.databases)}
+        return sorted(self._charges.values(), key=lambda charge: order.get(id(charge.database), len(order)))
+
+    async def _settle(self, charges: list[Charge], *, commit: bool) -> None:
+        try:
+            for charge in charges:
+                await charge.ending.everyone_out()
+            if commit:
+                saving = [charge for charge in charges if self._is_to_commit(charge)]
+                await _prepare(saving)
+                await _commit_in_order(saving)
+        finally:
+            for charge in charges:
+                await charge.ending.roll_back()
+
+    def _is_to_commit(self, charge: Charge) -> bool:
+        match charge.wish.mode:
+            case Mode.AUTO:
+                return True
+            case Mode.READ:
+                if writes := charge.unsaved:
+                    raise WriteRefused(
+                        f"{charge.holder} asked for a reader, but has written ({', '.join(writes)})",
+                        remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
+                    )
+            case Mode.MANUAL:
+                if (writes := charge.unsaved) and self.unsaved != "ignore":
+                    self._tell_unsaved(charge, writes)
+        return False
+
+    def _tell_unsaved(self, charge: Charge, writes: tuple[str, ...]) -> None:
+        if self.unsaved == "raise":
+            raise UnsavedWrites(
+                f"{charge.holder} succeeded with uncommitted writes ({', '.join(writes)})",
+                remedies=[
+                    "Commit them: await session.commit().",
+                    "Or let the unit commit: commit_mode='auto'.",
+                ],
+            )
+        charge.database.tell(WorkDropped(database=charge.database.name, holder=charge.holder, writes=writes))
+
+    async def _close(self, *, well: bool) -> None:
+        try:
+            await self.settle(commit=well)
+        finally:
+            for charge in self._in_order():
+                await charge.ending.close()
+            self._charges.clear()
+
+
+async def _prepare(saving: list[Charge]) -> None:
+    """Before the first of several COMMITs, provoke what can still fail in any of them."""
+    if len(saving) == 1:
+        return
+    for charge in saving:
+        await charge.ending.everyone_out()
+        await charge.session.flush()
+        if charge.session.get_bind().dialect.name == "postgresql":
+            await charge.session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+
+
+async def _commit_in_order(saving: list[Charge]) -> None:
+    committed: list[str] = []
+    for charge in saving:
+        try:
+            await charge.ending.commit()
+        except Exception as error:
+            if not committed:
+                raise
+            partial = PartialCommit(
+                f"database {charge.database.name!r} failed to commit after {', '.join(map(repr, committed))} had",
+                remedies=[
+                    "There is no two-phase commit: look what is stored, and make the work repeatable.",
+                    "Put the database that fails most often first in install(app, ...).",
+                ],
+            )
+            partial.committed, partial.failed = tuple(committed), charge.database.name
+            raise partial from error
+        committed.append(charge.database.name)

@@ -1,0 +1,83 @@
+"""Severs the connection in hand when its deadline passes.
+
+Cutting the socket, not cancelling the task, is what ends a wait here: the code that waits then gets an
+ordinary disconnect error that it can name, and no driver can swallow it. The operation itself is never
+abandoned halfway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from stanch.completion import is_out_of_reach, run_to_completion
+from stanch.errors import DeadlinePassed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stanch.drivers import Driver
+
+T = TypeVar("T")
+
+
+class Watch:
+    """Runs one blocking-style driver call within a timeout, out of reach of any cancellation.
+
+    For code that runs under SQLAlchemy's greenlet. ``passed`` tells afterwards whether the deadline cut the
+    connection; the error that the call then raised is the ``__cause__`` of ``DeadlinePassed``.
+    """
+
+    __slots__ = ("_driver",)
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def run(self, call: Callable[..., T], *arguments: Any, connection: Any, timeout: float, what: str) -> T:
+        """``call(*arguments)``, during which the driver's *connection* is severed after *timeout* seconds.
+
+        Raises ``DeadlinePassed``, naming *what* took too long, if the call failed because of that. If it
+        still succeeded, the result counts. A cancellation that came meanwhile is raised once the call is
+        over.
+        """
+        guarded = _Guarded(self._driver, connection, timeout, what)
+        if is_out_of_reach():
+            return guarded.call(call, *arguments)
+        result: T = await_only(run_to_completion(greenlet_spawn(guarded.call, call, *arguments)))
+        return result
+
+
+class _Guarded:
+    """One call under one deadline."""
+
+    __slots__ = ("_connection", "_driver", "_passed", "_timeout", "_what")
+
+    def __init__(self, driver: Driver, connection: Any, timeout: float, what: str) -> None:
+        self._driver = driver
+        self._connection = connection
+        self._timeout = timeout
+        self._what = what
+        self._passed = False
+
+    def call(self, call: Callable[..., T], *arguments: Any) -> T:
+        alarm = asyncio.get_running_loop().call_later(self._timeout, self._sever)
+        try:
+            return call(*arguments)
+        except Exception as error:
+            if self._passed:
+                raise DeadlinePassed(
+                    f"{self._what} took longer than {self._timeout:.2f} s; its connection was severed",
+                    remedies=[
+                        "See what the server is doing: select * from pg_stat_activity where state <> 'idle'.",
+                        "Check the network between the app and the server; a silent peer looks just like this.",
+                    ],
+                ) from error
+            raise
+        finally:
+            alarm.cancel()
+
+    def _sever(self) -> None:
+        self._passed = True
+        self._driver.sever(self._connection)
