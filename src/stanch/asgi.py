@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from contextlib import suppress
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, cast
 
@@ -18,6 +19,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 
 from stanch.errors import ConfigError, NotInstalled
+from stanch.events import logger
 from stanch.unit import Kind, Mode, Unit, Unsaved
 
 if TYPE_CHECKING:
@@ -213,6 +215,7 @@ class Exchange(_Call):
         """Let the app's own handlers answer *failure*, once; unhandled, it leaves here for the server's."""
         if self._has_reached(_Phase.STARTED):
             # The start has left: a reply that breaks off is the only honest one now.
+            await self._break_off(failure)
             await self._close(well=False)
             raise failure
         second = await self._second_try(failure)
@@ -240,6 +243,15 @@ class Exchange(_Call):
                 raise
         # Here too state is the truth: a second failure that a handler swallowed was answered by nobody.
         return self._failure
+
+    async def _break_off(self, failure: Exception) -> None:
+        # Starlette's BaseHTTPMiddleware frames a reply anew, and ends it as if complete whatever is raised here. A
+        # message it does not know stops it, but then it forgets our error. Servers refuse such a message.
+        logger.error(
+            "%s: the reply was broken off, its commit failed: %s", self.unit.holder, type(failure).__name__
+        )
+        with suppress(Exception):
+            await self._send({"type": "stanch.broken_off"})
 
     def _has_reached(self, phase: _Phase) -> bool:
         return self._phase >= phase

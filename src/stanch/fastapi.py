@@ -22,11 +22,11 @@ from stanch.errors import AsyncSessionInSyncEndpoint, ConfigError, StanchError
 from stanch.events import logger
 from stanch.problems import MEDIA_TYPE, problem_of
 from stanch.redaction import redact
-from stanch.transactions import IsolationLevel
+from stanch.transactions import ISOLATION_LEVELS, IsolationLevel
 from stanch.unit import Mode, Unsaved, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 __all__ = [
     "DatabaseDep",
@@ -74,19 +74,18 @@ def install(
             "install: this app has already started, so its middleware can no longer be changed",
             remedies=["Call install(app, db) where the app is made, before it serves anything."],
         )
-    _judge_databases(databases)
     middleware = _installed_middleware(app)
+    known: list[Database[Any]] = middleware.kwargs["databases"] if middleware else []  # type: ignore[assignment]  # our own list, below
+    _judge_databases(databases, known)
+    # Made once already now, to judge the words before anything of the app is changed.
+    UnitMiddleware(app, databases, commit_mode=commit_mode, unsaved=unsaved)
     if middleware is None:
         # The last of the list is innermost; what add_middleware() adds later stays outside.
         app.user_middleware.append(
             Middleware(UnitMiddleware, databases=list(databases), commit_mode=commit_mode, unsaved=unsaved)
         )
     else:
-        known: list[Database[Any]] = middleware.kwargs["databases"]  # type: ignore[assignment]  # our own list, above
         known += [database for database in databases if database not in known]
-    UnitMiddleware(
-        app, databases, commit_mode=commit_mode, unsaved=unsaved
-    )  # judges the words now, not at start
     if lifespan:
         _wrap_lifespan(app, databases, wait)
     if exception_handlers:
@@ -237,7 +236,7 @@ async def _session(
         isolation_level=own.get("isolation_level") or route.get("isolation_level"),
         read_only=own.get("read_only", False),
     )
-    chosen = database if isinstance(database, Database) else unit.database(database)
+    chosen = unit.database(database)
     if route.get("read_only"):
         wish = wish.join(Wish(source="@unit", mode=Mode.READ, read_only=True))
     return await unit.session(chosen, wish)
@@ -321,7 +320,7 @@ def _wrap_lifespan(app: FastAPI, databases: tuple[Database[Any], ...], wait: flo
     app.router.lifespan_context = lifespan
 
 
-def _judge_databases(databases: tuple[object, ...]) -> None:
+def _judge_databases(databases: tuple[object, ...], known: Sequence[Database[Any]]) -> None:
     if not databases:
         raise ConfigError("install: no database given", remedies=["Write install(app, db)."])
     for database in databases:
@@ -330,7 +329,8 @@ def _judge_databases(databases: tuple[object, ...]) -> None:
                 f"install: expected a stanch Database, got {type(database).__name__}",
                 remedies=["Wrap it: install(app, Database(engine_or_url))."],
             )
-    names = [database.name for database in databases if isinstance(database, Database)]
+    added = [database for database in databases if isinstance(database, Database) and database not in known]
+    names = [database.name for database in (*known, *added)]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"install: two databases are called {max(names, key=names.count)!r}",
@@ -347,3 +347,7 @@ def _judge_options(where: str, options: Mapping[str, Any]) -> None:
             )
         if name == "commit_mode" and value not in MODES:
             raise ConfigError(f"{where}: commit_mode {value!r}", remedies=["Use 'auto' or 'manual'."])
+        if name == "isolation_level" and value not in ISOLATION_LEVELS:
+            raise ConfigError(
+                f"{where}: isolation_level {value!r}", remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."]
+            )

@@ -13,6 +13,7 @@ held); ``tests/test_contract.py`` holds them.
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Never, cast
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
+
+
+_COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
 class Guard:
@@ -115,8 +119,9 @@ class GuardedSession(Session):
     guard: Guard
 
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+        # Before a user's own __init__, which may already begin().
         self.guard = guard or Guard("a session of your own making")
+        super().__init__(*arguments, **keywords)
 
     def unsaved(self) -> tuple[str, ...]:
         """Names of what was written, or waits to be written, and is not committed."""
@@ -150,22 +155,29 @@ class GuardedSession(Session):
             guard.leave()
 
     def _flush(self, objects: Sequence[object] | None = None) -> None:
-        guard = self.guard
-        guard.enter()
-        try:
-            if guard.connection_options and not self.in_transaction_on_server():
-                self._connection_for_bind(self.get_bind())
+        with self._inside():
+            self._connect_with_options()
             for name in self._flushed_names():
-                guard.note_write(name)
+                self.guard.note_write(name)
             super()._flush(objects)
-        finally:
-            guard.leave()
+
+    def _bulk_save_mappings(self, mapper: Any, *arguments: Any, **keywords: Any) -> None:
+        with self._inside():
+            self._connect_with_options()
+            self.guard.note_write(getattr(mapper, "class_", mapper).__name__)
+            super()._bulk_save_mappings(mapper, *arguments, **keywords)
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
         if self.guard.ended_at is not None:
             self._refuse_after_end()
         super().flush(objects)
+
+    def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
+        """As SQLAlchemy's; after the end it says so, where SQLAlchemy blames the object."""
+        if self.guard.ended_at is not None:
+            self._refuse_after_end()
+        super().refresh(instance, *arguments, **keywords)
 
     def commit(self) -> None:
         """As SQLAlchemy's, for one task at a time."""
@@ -199,16 +211,31 @@ class GuardedSession(Session):
     def connection(self, *arguments: Any, **keywords: Any) -> Connection:
         """The session's connection. It refuses ``commit()`` and ``rollback()``: the session ends its transaction."""
         connection = super().connection(*arguments, **keywords)
+        if self._is_the_users(connection):
+            return connection
         connection.commit = connection.rollback = self._refuse_behind_the_back  # type: ignore[method-assign]  # on this one
         return connection
 
     def _connection_for_bind(
         self, engine: Any, execution_options: Mapping[str, Any] | None = None, **keywords: Any
     ) -> Connection:
-        options = {**self.guard.connection_options, **(execution_options or {})}
-        if options and self.in_transaction_on_server():
-            options = dict(execution_options or {})
-        return super()._connection_for_bind(engine, options or None, **keywords)
+        with self._inside():
+            options = {**self.guard.connection_options, **(execution_options or {})}
+            if options and self.in_transaction_on_server():
+                options = dict(execution_options or {})
+            return super()._connection_for_bind(engine, options or None, **keywords)
+
+    def _connect_with_options(self) -> None:
+        """For the ways to write that take their connection past ``_connection_for_bind``."""
+        if self.guard.connection_options and not self.in_transaction_on_server():
+            self._connection_for_bind(self.get_bind())
+
+    def _is_the_users(self, connection: Connection) -> bool:
+        """Whether the session was bound to *connection* itself: then the user ends its transaction."""
+        transaction = self.get_transaction()
+        return transaction is not None and connection in (
+            entry[0] for entry in transaction._connections.values() if not entry[3]
+        )
 
     def in_transaction_on_server(self) -> bool:
         """Whether a connection is held; a transaction that was merely begun in Python holds none."""
@@ -291,7 +318,8 @@ def guarded_session(session: AsyncSession) -> GuardedSession:
 
 
 def _first_word(sql: str) -> str:
-    return sql.lstrip("( \t\r\n").partition(" ")[0].strip().upper()
+    words = _COMMENTS.sub(" ", sql).replace("(", " ").split(maxsplit=1)
+    return words[0].upper() if words else ""
 
 
 def _table_of(statement: Any) -> str:

@@ -179,11 +179,12 @@ class Unit:
             await charge.join(wish)
         return charge.session
 
-    def database(self, name: str | None) -> Database[Any]:
-        """The database called *name*, or the first; ``NotInstalled`` if there is none of that name."""
+    def database(self, wanted: Database[Any] | str | None) -> Database[Any]:
+        """The database *wanted*, by itself or its name, or the first; ``NotInstalled`` if it is not among ours."""
         for database in self.databases:
-            if name is None or database.name == name:
+            if wanted is None or wanted in (database, database.name):
                 return database
+        name = wanted if isinstance(wanted, str) else getattr(wanted, "name", None)
         known = ", ".join(repr(database.name) for database in self.databases) or "none"
         raise NotInstalled(
             f"no database called {name!r} is installed (installed: {known})",
@@ -194,8 +195,8 @@ class Unit:
         )
 
     def adopt(self, databases: Sequence[Database[Any]]) -> None:
-        """Add the databases of an app mounted inside."""
-        self.databases = [*self.databases, *(other for other in databases if other not in self.databases)]
+        """Put the databases of an app mounted inside before the others: its default is its own first."""
+        self.databases = [*databases, *(other for other in self.databases if other not in databases)]
 
     async def settle(self, *, commit: bool) -> None:
         """Commit or roll back what every session has done so far, and give all connections back.

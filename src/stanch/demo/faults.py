@@ -22,8 +22,11 @@ FIRST: Final = 0.25
 LAST: Final = 0.85
 """Faults happen between these parts of a run; before and after them nothing goes wrong."""
 
-EVERY: Final = 7.0
+EVERY: Final = 6.0
 """Seconds from one fault to the next, about."""
+
+CALM: Final = 1.5
+"""Seconds after a recovery in which nothing goes wrong, so that there is traffic to hit."""
 
 STATISTICS_SINCE: Final = "SELECT stats_reset FROM pg_stat_bgwriter"
 """A crash throws the statistics away, so this tells crashes apart (PostgreSQL manual, *Statistics Collection*)."""
@@ -43,14 +46,16 @@ class Faults:
         self.last = "none yet"
 
     async def run(self) -> None:
-        """Kill, kill, restart, kill …, spread over the run; at least two faults, one of them a restart."""
+        """Kill, restart, kill, kill …, spread over the run; the first two in any case, the others if there is time."""
         start = time.monotonic()
         number = max(2, round(self._seconds / EVERY))
         for turn in range(number):
             part = (turn + self._dice.uniform(0.0, 0.8)) / number
-            due = self._seconds * (FIRST + (LAST - FIRST) * part)
-            await asyncio.sleep(start + due - time.monotonic())
-            await asyncio.to_thread(self._restart if turn == number // 2 else self._kill)
+            due = start + self._seconds * (FIRST + (LAST - FIRST) * part)
+            await asyncio.sleep(max(due - time.monotonic(), CALM if turn else 0.0))
+            if turn > 1 and time.monotonic() > start + self._seconds * LAST:
+                return
+            await asyncio.to_thread(self._restart if turn == 1 else self._kill)
 
     def _kill(self) -> None:
         before = self._ask(STATISTICS_SINCE)

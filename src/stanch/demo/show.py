@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 
 _STYLES = {Status.KEPT: "bold green", Status.BROKEN: "bold red", Status.VOID: "bold yellow"}
+
+
+_SETTINGS = {"recovery_init_sync_method": "syncfs"} if sys.platform == "linux" else {}
+"""As durable as the default, which asks for each of a thousand files by itself: seconds on a busy disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,7 @@ class Show:
 
     async def _run(self, logs: Path) -> Status:
         async with AsyncExitStack() as stack:
-            postgres = EmbeddedPostgres(durable=True)
+            postgres = EmbeddedPostgres(durable=True, settings=_SETTINGS)
             # before the shops, so that they are gone before their database goes; it starts while they load
             stack.push_async_exit(postgres)
             shops = [await stack.enter_async_context(_shop(layer, logs)) for layer in Layer]

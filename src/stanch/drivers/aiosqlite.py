@@ -108,9 +108,7 @@ class Connection(aiosqlite.Connection):
 
     @override
     async def commit(self) -> None:
-        """As aiosqlite; but if SQLite had rolled back by itself, this raises."""
-        if self._was_rolled_back():
-            raise commit_refused("SQLite")
+        """As aiosqlite; but if SQLite had rolled back by itself, this raises, as any other request does."""
         await super().commit()
         self.begun = False
 
@@ -151,9 +149,8 @@ class Connection(aiosqlite.Connection):
             try:
                 return fn(*args, **kwargs)
             finally:
-                self.answered += (
-                    1  # only the thread of this connection counts here, only the loop counts the other
-                )
+                # Two counters, because only the thread counts this one, and only the loop the other.
+                self.answered += 1
 
         self.asked += 1
         if self.statement_timeout is None:
@@ -245,9 +242,8 @@ class AiosqliteDriver(Driver):
             else:
                 complaints.append(_unknown(name, _ARGUMENTS, "connect_args"))
         complain(complaints)
-        if _in_memory(
-            url
-        ):  # each further connection would be another database, and closing it would be the end
+        if _in_memory(url):
+            # A further connection would be another database, and closing the one there is would be its end.
             settings = replace(settings, pool_size=1, max_overflow=0, pool_recycle=-1)
         connect_args["async_creator_fn"] = _opener(settings, connect_args.get("async_creator_fn"))
         options = engine_options_of(settings)

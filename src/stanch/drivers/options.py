@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from sqlalchemy.engine import URL
 from sqlalchemy.pool import StaticPool
 from typing_extensions import override
 
@@ -37,8 +38,6 @@ from stanch.settings.url import MAX_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    from sqlalchemy.engine import URL
 
     from stanch.settings import Settings
 
@@ -303,10 +302,9 @@ def servers_of(url: URL) -> list[tuple[str, int | None]]:
         )
         ports = ports[:1]
     for number, host in enumerate(hosts):
-        name, mark, port = (
-            host.rpartition(":") if re.search(r"^[^/:]*:\d+$|\]:\d+$", host) else (host, "", "")
-        )
-        port = port if mark else ports[number % len(ports)] if ports else ""
+        has_port = re.search(r"^[^/:]*:\d+$|\]:\d+$", host)
+        name, _, port = host.rpartition(":") if has_port else (host, "", "")
+        port = port or (ports[number % len(ports)] if ports else "")
         if port and not (re.fullmatch(r"[0-9]{1,5}", port, re.ASCII) and 1 <= int(port) <= MAX_PORT):
             complaints.append(
                 Complaint(f"url: port is not a number from 1 to {MAX_PORT}", "Write port=5432.")
@@ -318,23 +316,25 @@ def servers_of(url: URL) -> list[tuple[str, int | None]]:
 
 
 def plain_url(url: URL, driver: str) -> URL:
-    """*url* with its driver named and its query empty but for the hosts, where SQLAlchemy wants several."""
+    """*url* with its driver named and its query empty but for what SQLAlchemy reads there: several hosts, a socket."""
     servers = servers_of(url)
-    bare = url.set(drivername=f"{url.get_backend_name()}+{driver}", query={})
     host, port = servers[0]
+    query: dict[str, str] = {}
     if len(servers) > 1:
-        several = tuple(f"{each or 'localhost'}:{number or 5432}" for each, number in servers)
-        return (
-            bare.set(host="", port=None).update_query_dict({"host": several})
-            if bare.host
-            else bare.update_query_dict({"host": several})
-        )
-    if host.startswith("/"):  # a directory of sockets is no host to SQLAlchemy
-        bare = bare.update_query_dict({"host": host})
-        return bare if port is None else bare.set(port=port)
-    if host:
-        bare = bare.set(host=host)
-    return bare if port is None else bare.set(port=port)
+        query["host"] = ",".join(each or "localhost" for each, _ in servers)
+        query["port"] = ",".join(str(number or 5432) for _, number in servers)
+        host, port = "", None
+    elif host.startswith("/"):  # a directory of sockets
+        query["host"], host = host, ""
+    return URL.create(
+        f"{url.get_backend_name()}+{driver}",
+        username=url.username,
+        password=url.password,
+        host=host or None,
+        port=port,
+        database=url.database,
+        query=query,
+    )
 
 
 def _listed(value: str | tuple[str, ...] | None) -> list[str]:
@@ -401,7 +401,7 @@ def _merge_ssl(chosen: dict[str, Any], driver: str, complaints: list[Complaint])
     if "ssl" not in chosen:
         return
     ssl = chosen.pop("ssl")
-    if any(name in chosen for name in _TLS):
+    if any(name in chosen for name in (("sslmode",) if isinstance(ssl, str) else _TLS)):
         complaints.append(_twice("sslmode", "once as ssl"))
     elif isinstance(ssl, SSLContext):
         if driver == "psycopg":

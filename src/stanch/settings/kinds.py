@@ -265,7 +265,7 @@ def in_words(kind: Kind) -> str:
     """What *kind* lets through, for somebody who can only write text.
 
     >>> in_words(Switch())
-    'one of true, 1, yes, on, false, 0, no, off'
+    'one of true, false, 1, 0, yes, no, on, off'
     """
     match kind:
         case Switch():

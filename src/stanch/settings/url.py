@@ -80,7 +80,8 @@ def _parsed(text: str) -> URL:
     hosts = [_host_and_port(each) for each in host_part.split(",")]
     pairs = _pairs(query)
     if len(hosts) > 1:
-        pairs += [("host", f"{host}:{port or 5432}") for host, port in hosts]
+        quoted = [(f"[{host}]" if ":" in host else host, port) for host, port in hosts]
+        pairs += [("host", f"{host}:{port or 5432}") for host, port in quoted]
     host, port = hosts[0] if len(hosts) == 1 else (None, None)
     return URL.create(
         scheme,
