@@ -6,7 +6,7 @@ import asyncio
 import os
 from contextlib import asynccontextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, Unpack, cast, overload
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from stanch.settings.options import Options
 
 S = TypeVar("S", bound=AsyncSession)
+
+_BETWEEN_LOOKS: Final = 0.02
+"""Seconds between two looks at the pool while it drains."""
 
 
 class Database(Generic[S]):
@@ -201,10 +204,8 @@ class Database(Generic[S]):
     @asynccontextmanager
     async def begin(self) -> AsyncGenerator[AsyncConnection]:
         """A connection in a transaction, as ``AsyncEngine.begin()``: commits at the end, rolls back on an error."""
-        async with self.connect() as connection:
-            transaction = await connection.begin()
+        async with self.connect() as connection, connection.begin():
             yield connection
-            await transaction.commit()
 
     # Sessions -------------------------------------------------------------------------------------------
 
@@ -266,7 +267,10 @@ class Database(Generic[S]):
 
     @cached_property
     def _equipped(self) -> Equipped:
-        return self._blueprint.build()
+        equipped = self._blueprint.build()
+        if equipped.pool is not None:
+            equipped.pool.admit = self._lifetime.refuse_closed
+        return equipped
 
     def _session_ended(self, guard: Guard, dropped: tuple[str, ...]) -> None:
         self._lifetime.leave()
@@ -277,12 +281,18 @@ class Database(Generic[S]):
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
                 await self._lifetime.empty()
+                await self._all_returned()
         except TimeoutError:
             if self._equipped.pool is not None:
                 self._equipped.pool.sever_held()
+        self._lifetime.closed()  # from here on the pool admits nobody, so that nothing opens behind dispose()
         if "_equipped" in self.__dict__:
             await self.engine.dispose()
-        self._lifetime.closed()
+
+    async def _all_returned(self) -> None:
+        """Wait for sessions of the factory and users of the engine, which are on the pool's books alone."""
+        while "_equipped" in self.__dict__ and self.stats().in_use:  # noqa: ASYNC110  # it may be another loop's
+            await asyncio.sleep(_BETWEEN_LOOKS)
 
 
 def rollback_only(session: AsyncSession) -> None:

@@ -71,6 +71,11 @@ class Lifetime:
             self._empty = asyncio.Event()
             await self._empty.wait()
 
+    def refuse_closed(self) -> None:
+        """Raises ``DatabaseClosed`` after the draining; until then what has begun may go on."""
+        if self.state is State.CLOSED:
+            self._refuse()
+
     def _refuse(self) -> None:
         raise DatabaseClosed(
             f"database {self._name!r} is {self.state.value}",

@@ -27,7 +27,7 @@ from stanch.events import ConnectionSevered, Observers, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -96,11 +96,15 @@ class Pool(SQLAlchemyPool):
         self._latest: tuple[asyncio.AbstractEventLoop | None, Ledger[Slot] | None] = (None, None)
         # An RLock: the garbage collector returns connections on the thread that holds it.
         self._lock = threading.RLock()
+        self._disposed = False
         self.generation = 0
+        self.admit: Callable[[], None] = _everybody
+        """Asked before each checkout; raises what speaks against it."""
 
     # What SQLAlchemy calls ------------------------------------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
+        self.admit()
         ledger = self._ledger_of_this_loop()
         task = current_task()
         with self._lock:
@@ -153,16 +157,19 @@ class Pool(SQLAlchemyPool):
             idle = [slot for ledger in self._ledgers.values() for slot in ledger.clear_idle()]
         for slot in idle:
             slot.close()
+        self._disposed = True
 
     def recreate(self) -> Self:
         """Give this same pool, with nothing idle."""
         # Engine.dispose() replaces the pool by this answer. The bound, the waiters and what is out live on
         # here; after dispose(close=False), for a forked child, the idle connections are forgotten, not
-        # closed.
+        # closed. After dispose() there is nothing to forget: what became idle while it closed is of today.
         with self._lock:
-            self.generation += 1
-            for ledger in self._ledgers.values():
-                ledger.clear_idle()
+            disposed, self._disposed = self._disposed, False
+            if not disposed:
+                self.generation += 1
+                for ledger in self._ledgers.values():
+                    ledger.clear_idle()
         return self
 
     def status(self) -> str:
@@ -182,12 +189,12 @@ class Pool(SQLAlchemyPool):
             waiting=0,
         )
         with self._lock:
-            return sum((ledger.stats() for ledger in self._ledgers.values()), start=empty)
+            return sum((ledger.stats() for ledger in self._living()), start=empty)
 
     def held(self) -> Iterator[tuple[Checkout, Slot]]:
         """What is out now, longest held first on each loop."""
         with self._lock:
-            held = [(checkout, slot) for ledger in self._ledgers.values() for slot, checkout in ledger.held()]
+            held = [(checkout, slot) for ledger in self._living() for slot, checkout in ledger.held()]
         return iter(held)
 
     def sever_held(self) -> None:
@@ -219,6 +226,9 @@ class Pool(SQLAlchemyPool):
                 )
             self._latest = (loop, ledger)
         return ledger
+
+    def _living(self) -> list[Ledger[Slot]]:
+        return [ledger for loop, ledger in self._ledgers.items() if not loop.is_closed()]
 
     def _forget_closed_loops(self) -> None:
         for loop in [loop for loop in self._ledgers if loop.is_closed()]:
@@ -300,6 +310,10 @@ class Pool(SQLAlchemyPool):
         self._driver.sever(slot.driver_connection)
         slot.dbapi_connection = None
         slot.info.clear()
+
+
+def _everybody() -> None:
+    """Nothing speaks against a checkout."""
 
 
 def _bound(stats: Stats) -> int:

@@ -34,6 +34,7 @@ async def until_it_answers(engine: AsyncEngine, *, wait: float) -> None:
             if (
                 failure is None
                 or failure.kind is not Kind.UNAVAILABLE
+                or not failure.retryable
                 or time.monotonic() + pause > give_up_at
             ):
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from stanch.sqlstate import sqlstate_of
 
@@ -23,6 +23,9 @@ _QUOTING_CLASSES: Final = {"22": "data exception", "P0": "PL/pgSQL error"}
 """SQLSTATE classes whose very message may quote a value; in P0 it is what the author of a trigger wrote."""
 
 
+_WITHHELD: Final = "message withheld: it may quote the value"
+
+
 def redact(error: BaseException) -> None:
     r"""Cut every message in the chain of *error* down to what names no value; types and SQLSTATEs stay.
 
@@ -33,21 +36,41 @@ def redact(error: BaseException) -> None:
     'duplicate key "orders_pkey"'
     """
     for link in _chain(error):
-        if isinstance(link, DBAPIError):
+        if isinstance(link, StatementError):
             link.hide_parameters = True
             link.args = (_without_values(link, str(link.args[0])),) if link.args else ()
+            _silence(link.orig)
         elif _is_of_a_driver(link):
+            link.args = tuple(_without_values(link, part) for part in link.args if isinstance(part, str))
             for field in _QUOTING_FIELDS:
                 if getattr(link, field, None) is not None:
-                    _forget(link, field)
-            link.args = tuple(_without_values(link, part) for part in link.args if isinstance(part, str))
+                    _replace(link, field, None)
+            if isinstance(getattr(link, "message", None), str):
+                _replace(link, "message", next(iter(link.args), ""))
+            _silence(link.__cause__)
+
+
+def _silence(refusal: BaseException | None) -> None:
+    """Withhold the message of what refused an argument: a type of the user's, a codec of the driver."""
+    while refusal is not None and not _speaks_plainly(refusal) and refusal.args != (_WITHHELD,):
+        refusal.args = (_WITHHELD,)
+        refusal = refusal.__cause__
+
+
+def _speaks_plainly(error: BaseException) -> bool:
+    return isinstance(error, OSError | SQLAlchemyError) or _is_of_a_driver(error)
 
 
 def _without_values(error: BaseException, message: str) -> str:
+    if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
+        # No server refused this, but a type, in words of its own.
+        kind = type(error.orig)
+        known = error.orig is None or _speaks_plainly(error.orig)
+        return message if known else f"({kind.__module__}.{kind.__qualname__}) {_WITHHELD}"
     state = sqlstate_of(error) or ""
     kind = _QUOTING_CLASSES.get("22" if type(error).__name__ == "DataError" else state[:2])
     if kind is not None:
-        return f"{kind} {state}".rstrip() + " (message withheld: it may quote the value)"
+        return f"{kind} {state}".rstrip() + f" ({_WITHHELD})"
     return message.partition("\n")[0]
 
 
@@ -61,9 +84,9 @@ def _is_of_a_driver(error: BaseException) -> bool:
     }
 
 
-def _forget(error: BaseException, field: str) -> None:
+def _replace(error: BaseException, field: str, value: str | None) -> None:
     try:
-        setattr(error, field, None)
+        setattr(error, field, value)
     except AttributeError:  # a read-only property of the driver's; str() does not show it
         return
 

@@ -80,7 +80,8 @@ def classify(error: BaseException) -> Failure | None:
         case exc.TimeoutError():
             return Failure(Kind.POOL_FULL)
         case errors.DatabaseUnavailable() | errors.DatabaseClosed():
-            return Failure(Kind.UNAVAILABLE, retryable=True, disconnect=True)
+            state = sqlstate_of(error)  # a wrong password or database name is not mended by trying again
+            return Failure(Kind.UNAVAILABLE, state, retryable=state is None or state in _GONE, disconnect=True)
         case errors.DeadlinePassed():
             return Failure(Kind.TIMEOUT, disconnect=True)
         case exc.DBAPIError():

@@ -100,13 +100,17 @@ class Charge:
             self.wish.isolation_level,
             self.wish.read_only,
         )
-        if stronger and self._sync.in_transaction_on_server():
+        begun = self._sync.in_transaction_on_server()
+        if stronger and begun:
             raise UnitConflict(
                 f"{wish.source} asks for another transaction than {self.wish.source} has already begun",
                 remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
             )
+        starts_writing = self.wish.mode is Mode.READ is not joined.mode
         self.wish = joined
-        if stronger:
+        if starts_writing and begun and self.database.driver.reader_options:
+            await self.ending.roll_back()  # a transaction begun for reading cannot become a writer's
+        if stronger or starts_writing:
             self._apply_options()
 
     @property
@@ -135,9 +139,13 @@ class Charge:
         return guarded_session(self.session)
 
     def _apply_options(self) -> None:
-        self._sync.guard.connection_options = connection_options(
-            self.database.driver, isolation_level=self.wish.isolation_level, read_only=self.wish.read_only
+        driver = self.database.driver
+        options = connection_options(
+            driver, isolation_level=self.wish.isolation_level, read_only=self.wish.read_only
         )
+        if self.wish.mode is Mode.READ:
+            options = {**driver.reader_options, **options}
+        self._sync.guard.connection_options = options
 
 
 class Unit:

@@ -40,7 +40,7 @@ from stanch.settings.kinds import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from sqlalchemy.engine import URL
+    from sqlalchemy.engine import URL, Connection as SQLAlchemyConnection
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import PoolProxiedConnection
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 _CLOSED: Final = "no active connection"
 """What both SQLAlchemy 2.0 and 2.1 take for a disconnect; aiosqlite's own words only 2.1."""
+
+_READ_ONLY_OPTION: Final = "stanch_read_only"
+"""The execution option of a connection whose next transaction only reads."""
 
 _BUSY_TIMEOUT: Final = 5.0
 """Seconds, where no ``lock_timeout`` is set: without any, two writers fail instead of taking turns."""
@@ -102,6 +105,8 @@ class Connection(aiosqlite.Connection):
 
     begun = False
     """Between our BEGIN and its COMMIT or ROLLBACK."""
+    refuses_writes = False
+    """Whether this transaction was begun for reading only."""
     statement_timeout: float | None = None
     asked = 0
     answered = 0
@@ -111,6 +116,7 @@ class Connection(aiosqlite.Connection):
         """As aiosqlite; but if SQLite had rolled back by itself, this raises, as any other request does."""
         await super().commit()
         self.begun = False
+        await self._allow_writes()
 
     @override
     async def rollback(self) -> None:
@@ -118,6 +124,7 @@ class Connection(aiosqlite.Connection):
         self.begun = False
         if self._running:
             await super().rollback()
+            await self._allow_writes()
 
     @override
     async def close(self) -> None:
@@ -163,6 +170,11 @@ class Connection(aiosqlite.Connection):
 
     async def _queued(self, run: Callable[[], Any]) -> Any:
         return await cast("Any", super())._execute(run)  # noqa: SLF001  # see the docstring of the module
+
+    async def _allow_writes(self) -> None:
+        if self.refuses_writes:
+            self.refuses_writes = False
+            await _run(self, "query_only = OFF")
 
     def interrupt_now(self) -> None:
         """End the statement that is running; it raises ``OperationalError`` (``interrupted``)."""
@@ -230,7 +242,8 @@ class AiosqliteDriver(Driver):
     """See `stanch.drivers.base.Driver`."""
 
     name: ClassVar[str] = "aiosqlite"
-    read_only_options: ClassVar[Mapping[str, Any]] = {}
+    read_only_options: ClassVar[Mapping[str, Any]] = {_READ_ONLY_OPTION: True}
+    reader_options: ClassVar[Mapping[str, Any]] = read_only_options
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:
@@ -283,7 +296,21 @@ class AiosqliteDriver(Driver):
         dialect = engine.sync_engine.dialect
         # On the instance, not by a "begin" listener: that would cost every statement of the engine.
         dialect.do_begin = partial(_begin, writes=not _reads_only(engine.url))  # type: ignore[method-assign]  # as said
+        dialect.set_connection_execution_options = partial(  # type: ignore[method-assign]  # likewise
+            _set_options, dialect.set_connection_execution_options
+        )
         dialect.reset_isolation_level = partial(_reset, dialect.reset_isolation_level)  # type: ignore[method-assign]  # likewise
+
+
+def _set_options(
+    set_options: Callable[[SQLAlchemyConnection, Mapping[str, Any]], None],
+    connection: SQLAlchemyConnection,
+    options: Mapping[str, Any],
+) -> None:
+    """Hand "only reads" on to `_begin`, which sees the pooled connection but not its execution options."""
+    if options.get(_READ_ONLY_OPTION):
+        connection.connection.info[READ_ONLY_KEY] = True
+    set_options(connection, options)
 
 
 def _reset(reset: Callable[[DBAPIConnection], None], adapted: DBAPIConnection) -> None:
@@ -295,7 +322,7 @@ def _reset(reset: Callable[[DBAPIConnection], None], adapted: DBAPIConnection) -
 def _begin(proxied: PoolProxiedConnection | DBAPIConnection, *, writes: bool) -> None:
     """BEGIN, unless the connection is in AUTOCOMMIT: SQLAlchemy calls this there, too."""
     info: dict[Any, Any] = getattr(proxied, "info", {})
-    only_reads = info.pop(READ_ONLY_KEY, False) or not writes
+    refuses_writes = info.pop(READ_ONLY_KEY, False)
     adapted: Any = getattr(proxied, "dbapi_connection", proxied)
     connection: Any = adapted.driver_connection
     if not DRIVER.looks_dead(
@@ -309,9 +336,12 @@ def _begin(proxied: PoolProxiedConnection | DBAPIConnection, *, writes: bool) ->
     cursor = adapted.cursor()
     # Who writes says so at once and waits in line. A transaction that read first cannot become a writer later: SQLite
     # refuses it without waiting if anybody wrote meanwhile (SQLite manual, *Transaction*).
-    cursor.execute("BEGIN" if only_reads else "BEGIN IMMEDIATE")
-    cursor.close()
+    cursor.execute("BEGIN IMMEDIATE" if writes and not refuses_writes else "BEGIN")
     connection.begun = True
+    if refuses_writes:
+        connection.refuses_writes = True
+        cursor.execute("PRAGMA query_only = ON")
+    cursor.close()
 
 
 def _opener(settings: Settings, theirs: Callable[..., Awaitable[Any]] | None) -> Opener:

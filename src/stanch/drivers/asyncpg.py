@@ -36,7 +36,7 @@ _HANGUP: Final[int | None] = getattr(select, "POLLRDHUP", None)
 
 _PARAMETERS: Final = frozenset(inspect.signature(_asyncpg.connect).parameters)
 _SQLALCHEMYS: Final = frozenset({"prepared_statement_cache_size", "prepared_statement_name_func"})
-_OWN: Final = {name: kind for name, kind in ASYNCPG.items() if name in _PARAMETERS | _SQLALCHEMYS}
+OWN: Final = {name: kind for name, kind in ASYNCPG.items() if name in _PARAMETERS | _SQLALCHEMYS}
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncpg is of type Any
@@ -129,7 +129,7 @@ class AsyncpgDriver(Driver):
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:
-        wishes = gather(url, settings, driver=self.name, own=_OWN)
+        wishes = gather(url, settings, driver=self.name, own=OWN)
         connect_args = {**wishes.plain, **wishes.own, **_tls(wishes)}
         if wishes.server:
             connect_args["server_settings"] = dict(wishes.server)

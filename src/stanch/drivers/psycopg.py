@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 _PSYCOPGS: Final = frozenset({"cursor_factory", "prepare_threshold", "row_factory"})
-_OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
+OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -81,7 +81,7 @@ class PsycopgDriver(Driver):
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:
-        wishes = gather(url, settings, driver=self.name, own=_OWN)
+        wishes = gather(url, settings, driver=self.name, own=OWN)
         connect_args: dict[str, Any] = {**wishes.plain, **wishes.own, **wishes.tls}
         server = dict(wishes.server)
         if "application_name" in server:

@@ -83,7 +83,7 @@ class Settings:
     - ``connect_timeout`` = 5 s: one connect, all of it: name, TCP, TLS, password. asyncpg waits 60 s and
       psycopg 130 s by themselves; a loopback or a data centre needs milliseconds.
     - ``close_timeout`` = 5 s: a polite return (rollback, close); then the connection is severed.
-    - ``commit_timeout`` = 30 s: the client's own bound of COMMIT and ROLLBACK. No server setting ends a
+    - ``commit_timeout`` = 30 s: the client's own bound of COMMIT. No server setting ends a
       COMMIT that waits for a synchronous standby. Long, because what it ends is *unknown*, not failed.
     - ``drain_timeout`` = 10 s: how long closing the database waits for open units; within the 30 s that
       process managers commonly give between SIGTERM and SIGKILL.
@@ -94,9 +94,12 @@ class Settings:
     - ``application_name`` = None: what ``pg_stat_activity`` shows; nothing is sent.
     - ``statement_timeout`` = 30 s: by then the client of a web request has gone.
     - ``lock_timeout`` = 10 s: who waits longer for a lock queues behind a migration and holds others up.
-      On SQLite the busy timeout. None if ``statement_timeout`` is chosen and not longer than this.
+      None if ``statement_timeout`` is chosen and not longer than this.
     - ``idle_in_transaction_session_timeout`` = 60 s: a forgotten transaction keeps its locks and keeps
       vacuum from its work; nothing of stanch's own idles that long.
+
+    SQLite has no server: there stanch interrupts a statement at ``statement_timeout``, ``lock_timeout`` is
+    the busy timeout (5 s if None), and the other two have nothing to act on.
 
     ``pooler="pgbouncer"`` (None): transaction pooling. Named prepared statements are not used, and none of
     the three server limits is sent: PgBouncer passes unknown start-up parameters to nobody.
