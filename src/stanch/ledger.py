@@ -156,6 +156,10 @@ class Ledger(Generic[Slot]):
             return True
         return False
 
+    def holds(self, slot: Slot) -> bool:
+        """Whether *slot* is out."""
+        return id(slot) in self._out
+
     def clear_idle(self) -> list[Slot]:
         """Forget all idle slots and return them, for the caller to close."""
         idle = list(self._idle)

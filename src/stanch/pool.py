@@ -59,6 +59,14 @@ class Slot(_ConnectionRecord):
             self.opened_at = time.monotonic()
         return super().get_connection()
 
+    def checkin(self, _fairy_was_created: bool = True) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """Return the slot, also when a reset callback or a listener of the user's raises on the way."""
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException:
+            self._stanch_pool.reclaim(self)
+            raise
+
 
 class Pool(SQLAlchemyPool):
     """At most ``pool_size + max_overflow`` connections on each event loop, given to waiters in the order they came.
@@ -206,6 +214,13 @@ class Pool(SQLAlchemyPool):
             self._observers.tell(
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
+
+    def reclaim(self, slot: Slot) -> None:
+        """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""
+        if slot.ledger.holds(slot):
+            if slot.dbapi_connection is not None:
+                self._drop(slot)
+            self._do_return_conn(slot)
 
     # Books of the running loop --------------------------------------------------------------------------
 

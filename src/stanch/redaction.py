@@ -64,9 +64,9 @@ def _speaks_plainly(error: BaseException) -> bool:
 def _without_values(error: BaseException, message: str) -> str:
     if isinstance(error, StatementError) and not isinstance(error, DBAPIError):
         # No server refused this, but a type, in words of its own.
-        kind = type(error.orig)
+        refused = type(error.orig)
         known = error.orig is None or _speaks_plainly(error.orig)
-        return message if known else f"({kind.__module__}.{kind.__qualname__}) {_WITHHELD}"
+        return message if known else f"({refused.__module__}.{refused.__qualname__}) {_WITHHELD}"
     state = sqlstate_of(error) or ""
     kind = _QUOTING_CLASSES.get("22" if type(error).__name__ == "DataError" else state[:2])
     if kind is not None:

@@ -44,7 +44,9 @@ def connection_options(
                 f"isolation_level: got {isolation_level!r}",
                 remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."],
             )
-        options["isolation_level"] = isolation_level
+        # PostgreSQL knows no weaker level than READ COMMITTED, and SQLAlchemy's asyncpg dialect no name for one.
+        weakest = driver.name == "asyncpg" and isolation_level == "READ UNCOMMITTED"
+        options["isolation_level"] = "READ COMMITTED" if weakest else isolation_level
     if read_only:
         options |= driver.read_only_options
     return options
@@ -80,7 +82,9 @@ class Ending:
         if guarded_session(self.session).has_pending():
             with self._severed_after(self._commit_timeout):
                 await self.session.flush()
-            await self.everyone_out()  # a stream's next statement may have come in while the flush was under way
+            await (
+                self.everyone_out()
+            )  # a stream's next statement may have come in while the flush was under way
         await self.session.commit()  # bounds itself, where COMMIT is written
 
     async def roll_back(self) -> None:
