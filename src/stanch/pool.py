@@ -162,9 +162,14 @@ class Pool(SQLAlchemyPool):
         with self._lock:
             self._forget_closed_loops()  # nothing of theirs can be awaited here
             self.generation += 1
-            idle = [slot for ledger in self._ledgers.values() for slot in ledger.clear_idle()]
-        for slot in idle:
-            slot.close()
+            idle = [(loop, slot) for loop, ledger in self._ledgers.items() for slot in ledger.clear_idle()]
+        for loop, slot in idle:
+            if loop is current_loop():
+                slot.close()
+            elif loop.is_running():  # on a thread of its own; only there its sockets may be touched
+                loop.call_soon_threadsafe(self._drop, slot)
+            else:
+                self._drop(slot)
         self._disposed = True
 
     def recreate(self) -> Self:

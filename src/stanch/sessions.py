@@ -3,9 +3,9 @@
 The behaviour sits in a mixin for SQLAlchemy's *sync* ``Session`` class, which every ``AsyncSession`` drives:
 so ``session.begin()``, ``sessionmaker.begin()``, ``run_sync``, lazy loads and a user's own session class all
 have it. Private names of SQLAlchemy used here, each a funnel that no public method can pass by:
-``Session._autobegin_t`` (any use begins here), ``_execute_internal`` (every statement), ``_flush`` (every ORM
-write), ``_connection_for_bind`` (the connection is taken here), ``SessionTransaction._connections`` (what is
-held); ``tests/test_contract.py`` holds them.
+``Session._autobegin_t`` (any use begins here), ``_execute_internal`` (every statement), ``_flush`` and
+``_bulk_save_mappings`` (every ORM write), ``_connection_for_bind`` (the connection is taken here),
+``SessionTransaction._connections`` (what is held); ``tests/test_contract.py`` holds them.
 """
 
 # pyright: reportPrivateUsage=false

@@ -143,9 +143,8 @@ async def finish(ending: Ending, *, commit: bool) -> None:
         try:
             if commit:
                 await ending.commit()
-            else:
-                await ending.roll_back()
         finally:
+            await ending.roll_back()  # nothing is left to do after a COMMIT that succeeded
             await ending.close()
 
     await run_to_completion(go())
