@@ -1,32 +1,25 @@
-"""Everything a FastAPI app needs: ``install``, the session dependencies, and replies to database failures."""
+"""Everything a FastAPI app needs: the session dependencies, ``@unit``, and ``install`` from ``stanch.starlette``."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypedDict, TypeVar, Unpack
 
-from fastapi import Depends, FastAPI
-from sqlalchemy.exc import SQLAlchemyError
+from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.middleware import Middleware
-from starlette.requests import HTTPConnection, Request
-from starlette.responses import JSONResponse, Response
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.requests import HTTPConnection
 
 from stanch.asgi import MODES, CommitMode, UnitMiddleware, unit_of
 from stanch.database import Database
-from stanch.errors import AsyncSessionInSyncEndpoint, ConfigError, StanchError
-from stanch.events import logger
-from stanch.problems import MEDIA_TYPE, problem_of
-from stanch.redaction import redact
+from stanch.errors import AsyncSessionInSyncEndpoint, ConfigError
+from stanch.starlette import add_exception_handlers, attend, install
 from stanch.transactions import ISOLATION_LEVELS, IsolationLevel
-from stanch.unit import Mode, Unsaved, Wish
+from stanch.unit import Mode, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "DatabaseDep",
@@ -45,64 +38,6 @@ __all__ = [
 Endpoint = TypeVar("Endpoint", bound="Callable[..., Any]")
 
 _OPTIONS: Final = "__stanch_unit__"
-_INTERNAL_ERROR: Final = 1011
-"""RFC 6455 section 7.4.1: the server met a condition that kept it from fulfilling the request."""
-
-
-# Installing -----------------------------------------------------------------------------------------------
-
-
-def install(
-    app: FastAPI,
-    *databases: Database[Any],
-    commit_mode: CommitMode = "auto",
-    unsaved: Unsaved = "warn",
-    lifespan: bool = True,
-    exception_handlers: bool = True,
-    wait: float = 0.0,
-) -> None:
-    """Put *databases* to work in *app*: lifespan, one middleware, exception handlers. The first is the default one.
-
-    The app's own lifespan runs inside: the databases are open before it starts and drained after it ends. At
-    start each database must answer within *wait* seconds (0: at once). With ``commit_mode="manual"`` handlers
-    commit for themselves, and *unsaved* says what becomes of writes they left. A second call adds its
-    databases; raises ``ConfigError`` once the app has served its first request. ``lifespan=False`` and
-    ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
-    """
-    if app.middleware_stack is not None:
-        raise ConfigError(
-            "install: this app has already started, so its middleware can no longer be changed",
-            remedies=["Call install(app, db) where the app is made, before it serves anything."],
-        )
-    middleware = _installed_middleware(app)
-    known: list[Database[Any]] = middleware.kwargs["databases"] if middleware else []  # type: ignore[assignment]  # our own list, below
-    _judge_databases(databases, known)
-    # Made once already now, to judge the words before anything of the app is changed.
-    UnitMiddleware(app, databases, commit_mode=commit_mode, unsaved=unsaved)
-    if middleware is None:
-        # The last of the list is innermost; what add_middleware() adds later stays outside.
-        app.user_middleware.append(
-            Middleware(UnitMiddleware, databases=list(databases), commit_mode=commit_mode, unsaved=unsaved)
-        )
-    else:
-        known += [database for database in databases if database not in known]
-    if lifespan:
-        _wrap_lifespan(app, databases, wait)
-    if exception_handlers:
-        add_exception_handlers(app)
-
-
-def add_exception_handlers(app: FastAPI) -> None:
-    """Answer database failures by SQLSTATE as problem+json, where the app has no handler of its own.
-
-    What is not mapped is raised again, so that the server logs it and debug pages and test clients behave as
-    without stanch. On a websocket the socket is closed with 1011.
-    """
-    handler: Any = _answer  # Starlette's type knows only requests, its machinery also gives websockets
-    for kind in (SQLAlchemyError, StanchError, ExceptionGroup):
-        app.exception_handlers.setdefault(kind, handler)
-
-
 # Dependencies ---------------------------------------------------------------------------------------------
 
 
@@ -231,11 +166,8 @@ async def _session(
     database: Database[Any] | str | None = None,
 ) -> AsyncSession:
     scope = connection.scope
-    unit = unit_of(scope)
+    unit = attend(connection)
     _refuse_sync_endpoint(scope, source)
-    if isinstance(connection, Request):
-        unit.connection = connection
-    unit.holder = _holder(scope)
     route: UnitOptions = getattr(scope.get("endpoint"), _OPTIONS, None) or UnitOptions()
     word = own.get("commit_mode") or route.get("commit_mode")
     wish = Wish(
@@ -270,80 +202,6 @@ def _is_async(endpoint: Any) -> bool:
     if not inspect.isroutine(call):
         call = type(call).__call__
     return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)
-
-
-def _holder(scope: Mapping[str, Any]) -> str:
-    """The route in words. The template, not the path: what stands in a path may be a secret."""
-    template = getattr(scope.get("route"), "path", "?")
-    return f"{scope.get('method', 'WEBSOCKET')} {scope.get('root_path', '')}{template}"
-
-
-# Replies --------------------------------------------------------------------------------------------------
-
-
-async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
-    problem = problem_of(error)
-    if isinstance(connection, WebSocket):
-        await _hang_up(connection)
-    if problem is None:
-        redact(error)
-        raise error
-    logger.warning(
-        "%s: answered %d (%s) for %s", _holder(connection.scope), problem.status, problem.slug, _told(error)
-    )
-    if isinstance(connection, WebSocket):
-        return None
-    return JSONResponse(problem.body, problem.status, problem.headers, MEDIA_TYPE)
-
-
-async def _hang_up(socket: WebSocket) -> None:
-    # Closed already, by either side: the error must not be hidden behind that.
-    with suppress(RuntimeError, OSError, WebSocketDisconnect):
-        await socket.close(_INTERNAL_ERROR)
-
-
-def _told(error: Exception) -> str:
-    return error.what if isinstance(error, StanchError) else type(error).__name__
-
-
-# Private --------------------------------------------------------------------------------------------------
-
-
-def _installed_middleware(app: FastAPI) -> Middleware | None:
-    ours: object = UnitMiddleware
-    return next((entry for entry in app.user_middleware if entry.cls is ours), None)
-
-
-def _wrap_lifespan(app: FastAPI, databases: tuple[Database[Any], ...], wait: float) -> None:
-    inner: Any = app.router.lifespan_context
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[Any]:
-        async with AsyncExitStack() as stack:
-            for database in databases:
-                await database.open(wait=wait)
-                stack.push_async_callback(database.close)
-            yield await stack.enter_async_context(inner(app))
-
-    app.router.lifespan_context = lifespan
-
-
-def _judge_databases(databases: tuple[object, ...], known: Sequence[Database[Any]]) -> None:
-    if not databases:
-        raise ConfigError("install: no database given", remedies=["Write install(app, db)."])
-    for database in databases:
-        if not isinstance(database, Database):
-            raise ConfigError(
-                f"install: expected a stanch Database, got {type(database).__name__}",
-                remedies=["Wrap it: install(app, Database(engine_or_url))."],
-            )
-    added = [database for database in databases if isinstance(database, Database) and database not in known]
-    names = [database.name for database in (*known, *added)]
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"install: two databases are called {max(names, key=names.count)!r}",
-            remedies=["Name each: Database(url, name='billing')."],
-        )
 
 
 def _judge_options(where: str, options: Mapping[str, Any]) -> None:

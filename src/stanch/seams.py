@@ -48,7 +48,13 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
 
     def do_rollback(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
-        watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
+        try:
+            watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
+        except Exception:
+            # What cannot be rolled back must not go on. Severed it is a disconnect, which SQLAlchemy before 2.1
+            # needs to see: of any other failure here it never returns the connection.
+            driver.sever(inner)
+            raise
 
     def do_ping(connection: DBAPIConnection) -> bool:
         inner = dialect.get_driver_connection(connection)

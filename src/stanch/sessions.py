@@ -5,7 +5,8 @@ so ``session.begin()``, ``sessionmaker.begin()``, ``run_sync``, lazy loads and a
 have it. Private names of SQLAlchemy used here, each a funnel that no public method can pass by:
 ``Session._autobegin_t`` (any use begins here), ``_execute_internal`` (every statement), ``_flush`` and
 ``_bulk_save_mappings`` (every ORM write), ``_connection_for_bind`` (the connection is taken here),
-``SessionTransaction._connections`` (what is held); ``tests/test_contract.py`` holds them.
+``SessionTransaction._connections`` (what is held) and its ``_connection_for_bind``;
+``tests/test_contract.py`` holds them.
 """
 
 # pyright: reportPrivateUsage=false
@@ -223,6 +224,10 @@ class GuardedSession(Session):
             options = {**self.guard.connection_options, **(execution_options or {})}
             if options and self.in_transaction_on_server():
                 options = dict(execution_options or {})
+            elif options and self.in_nested_transaction() and (root := self.get_transaction()) is not None:
+                # SQLAlchemy 2.0 would set them once more on the savepoint, and be refused.
+                root._connection_for_bind(engine, options)
+                options = {}
             return super()._connection_for_bind(engine, options or None, **keywords)
 
     def _connect_with_options(self) -> None:

@@ -1,0 +1,186 @@
+"""``install`` for any Starlette app, the unit's session for its handlers, and replies to database failures."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from stanch.asgi import CommitMode, UnitMiddleware, unit_of
+from stanch.database import Database
+from stanch.errors import ConfigError, StanchError
+from stanch.events import logger
+from stanch.problems import MEDIA_TYPE, problem_of
+from stanch.redaction import redact
+from stanch.unit import Mode, Unit, Unsaved, Wish
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping, Sequence
+
+__all__ = ["UnitMiddleware", "add_exception_handlers", "install", "reader_of", "session_of"]
+
+_INTERNAL_ERROR: Final = 1011
+"""RFC 6455 section 7.4.1: the server met a condition that kept it from fulfilling the request."""
+
+
+# Installing -----------------------------------------------------------------------------------------------
+
+
+def install(
+    app: Starlette,
+    *databases: Database[Any],
+    commit_mode: CommitMode = "auto",
+    unsaved: Unsaved = "warn",
+    lifespan: bool = True,
+    exception_handlers: bool = True,
+    wait: float = 0.0,
+) -> None:
+    """Put *databases* to work in *app*: lifespan, one middleware, exception handlers. The first is the default one.
+
+    The app's own lifespan runs inside: the databases are open before it starts and drained after it ends. At
+    start each database must answer within *wait* seconds (0: at once). With ``commit_mode="manual"`` handlers
+    commit for themselves, and *unsaved* says what becomes of writes they left. A second call adds its
+    databases; raises ``ConfigError`` once the app has served its first request. ``lifespan=False`` and
+    ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
+    """
+    if app.middleware_stack is not None:
+        raise ConfigError(
+            "install: this app has already started, so its middleware can no longer be changed",
+            remedies=["Call install(app, db) where the app is made, before it serves anything."],
+        )
+    middleware = _installed_middleware(app)
+    known: list[Database[Any]] = middleware.kwargs["databases"] if middleware else []  # type: ignore[assignment]  # our own list, below
+    _judge_databases(databases, known)
+    # Made once already now, to judge the words before anything of the app is changed.
+    UnitMiddleware(app, databases, commit_mode=commit_mode, unsaved=unsaved)
+    if middleware is None:
+        # The last of the list is innermost; what add_middleware() adds later stays outside.
+        app.user_middleware.append(
+            Middleware(UnitMiddleware, databases=list(databases), commit_mode=commit_mode, unsaved=unsaved)
+        )
+    else:
+        known += [database for database in databases if database not in known]
+    if lifespan:
+        _wrap_lifespan(app, databases, wait)
+    if exception_handlers:
+        add_exception_handlers(app)
+
+
+def add_exception_handlers(app: Starlette) -> None:
+    """Answer database failures by SQLSTATE as problem+json, where the app has no handler of its own.
+
+    What is not mapped is raised again, so that the server logs it and debug pages and test clients behave as
+    without stanch. On a websocket the socket is closed with 1011.
+    """
+    handler: Any = _answer  # Starlette's type knows only requests, its machinery also gives websockets
+    for kind in (SQLAlchemyError, StanchError, ExceptionGroup):
+        app.exception_handlers.setdefault(kind, handler)
+
+
+# Sessions -------------------------------------------------------------------------------------------------
+
+
+async def session_of(connection: HTTPConnection, database: Database[Any] | str | None = None) -> AsyncSession:
+    """The session of this request's (or websocket's) unit, committed as a reply below 400 is about to leave.
+
+    The same session at every call; it holds no connection until its first statement. *database* is one of those
+    installed, or its name; the first is the default. Raises ``NotInstalled`` where there is no unit.
+    """
+    unit = attend(connection)
+    return await unit.session(unit.database(database), Wish(source="session_of()", mode=unit.mode))
+
+
+async def reader_of(connection: HTTPConnection, database: Database[Any] | str | None = None) -> AsyncSession:
+    """The same session, for reading: a unit that asked for nothing more refuses to end with writes."""
+    unit = attend(connection)
+    return await unit.session(unit.database(database), Wish(source="reader_of()", mode=Mode.READ))
+
+
+def attend(connection: HTTPConnection) -> Unit:
+    """The unit of *connection*, told who asks: its route, and the request that has the body cached."""
+    unit = unit_of(connection.scope)
+    if isinstance(connection, Request):
+        unit.connection = connection
+    unit.holder = _holder(connection.scope)
+    return unit
+
+
+def _holder(scope: Mapping[str, Any]) -> str:
+    """The route in words. The template, not the path: what stands in a path may be a secret."""
+    template = getattr(scope.get("route"), "path", "?")
+    return f"{scope.get('method', 'WEBSOCKET')} {scope.get('root_path', '')}{template}"
+
+
+# Replies --------------------------------------------------------------------------------------------------
+
+
+async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
+    problem = problem_of(error)
+    if isinstance(connection, WebSocket):
+        await _hang_up(connection)
+    if problem is None:
+        redact(error)
+        raise error
+    logger.warning(
+        "%s: answered %d (%s) for %s", _holder(connection.scope), problem.status, problem.slug, _told(error)
+    )
+    if isinstance(connection, WebSocket):
+        return None
+    return JSONResponse(problem.body, problem.status, problem.headers, MEDIA_TYPE)
+
+
+async def _hang_up(socket: WebSocket) -> None:
+    # Closed already, by either side: the error must not be hidden behind that.
+    with suppress(RuntimeError, OSError, WebSocketDisconnect):
+        await socket.close(_INTERNAL_ERROR)
+
+
+def _told(error: Exception) -> str:
+    return error.what if isinstance(error, StanchError) else type(error).__name__
+
+
+# Private --------------------------------------------------------------------------------------------------
+
+
+def _installed_middleware(app: Starlette) -> Middleware | None:
+    ours: object = UnitMiddleware
+    return next((entry for entry in app.user_middleware if entry.cls is ours), None)
+
+
+def _wrap_lifespan(app: Starlette, databases: tuple[Database[Any], ...], wait: float) -> None:
+    inner: Any = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[Any]:
+        async with AsyncExitStack() as stack:
+            for database in databases:
+                await database.open(wait=wait)
+                stack.push_async_callback(database.close)
+            yield await stack.enter_async_context(inner(app))
+
+    app.router.lifespan_context = lifespan
+
+
+def _judge_databases(databases: tuple[object, ...], known: Sequence[Database[Any]]) -> None:
+    if not databases:
+        raise ConfigError("install: no database given", remedies=["Write install(app, db)."])
+    for database in databases:
+        if not isinstance(database, Database):
+            raise ConfigError(
+                f"install: expected a stanch Database, got {type(database).__name__}",
+                remedies=["Wrap it: install(app, Database(engine_or_url))."],
+            )
+    added = cast("tuple[Database[Any], ...]", databases)
+    names = [database.name for database in (*known, *(each for each in added if each not in known))]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"install: two databases are called {max(names, key=names.count)!r}",
+            remedies=["Name each: Database(url, name='billing')."],
+        )
