@@ -25,7 +25,12 @@ _out_of_reach: Final[WeakSet[asyncio.Task[Any]]] = WeakSet()
 
 def is_out_of_reach() -> bool:
     """Whether the running task is one of ours, so that another shield would buy nothing."""
-    return asyncio.current_task() in _out_of_reach
+    return is_ours(asyncio.current_task())
+
+
+def is_ours(task: asyncio.Task[Any] | None) -> bool:
+    """Whether *task* runs an operation of ours: nobody outside knows of it, and it ends in bounded time."""
+    return task is not None and task in _out_of_reach
 
 
 async def run_to_completion(operation: Coroutine[Any, Any, T]) -> T:

@@ -113,10 +113,6 @@ class SessionProvider:
         return await _session(connection, "provide_session(...)", options, mode=mode, database=self.database)
 
 
-# FastAPI 0.115 looks the name up in the globals of the dependency, which an instance has not.
-SessionProvider.__call__.__annotations__["connection"] = HTTPConnection
-
-
 # FastAPI before 0.116 cannot resolve the annotations of a callable object that are written as strings.
 SessionProvider.__call__.__annotations__.update(connection=HTTPConnection)
 

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Never, cast
 
 from sqlalchemy import event
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.sql.elements import TextClause
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_task, whereabouts
+from stanch.completion import is_ours
 from stanch.errors import ConnectionCommitRefused, NotInstalled, SessionClosed, SessionOverlap
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import SessionTransaction
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
@@ -75,8 +77,14 @@ class Guard:
         self._left: asyncio.Event | None = None
 
     def enter(self) -> None:
-        """The running task comes in; it may come in again. Another task is refused."""
+        """The running task comes in; it may come in again. Another task is refused.
+
+        It waits instead while the unit is being settled, of which it cannot know: the start of a stream and the
+        first statement of the stream's own task may come at the same moment.
+        """
         task = current_task()
+        while self._depth and self.inside is not task and is_ours(self.inside) and in_greenlet():
+            await_only(self.left())
         if self._depth and self.inside is not task:
             raise SessionOverlap(
                 f"two tasks are inside the session of {self.holder} at once: {whereabouts(self.inside)},"
@@ -93,13 +101,23 @@ class Guard:
             self.inside = None
             if self._left is not None:
                 self._left.set()
+                self._left = None
 
     async def left(self) -> None:
         """Wait until nobody is inside."""
         while self._depth:
-            self._left = asyncio.Event()
+            if self._left is None:
+                self._left = asyncio.Event()  # one for all who wait
             await self._left.wait()
-        self._left = None
+
+    @contextmanager
+    def visit(self) -> Generator[None]:
+        """The running task is inside meanwhile."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def end(self, *, dropped: tuple[str, ...]) -> None:
         """The session was closed for good, dropping these uncommitted writes; the owner is told once."""
@@ -172,7 +190,8 @@ class GuardedSession(Session):
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
         if self.guard.ended_at is not None:
             self._refuse_after_end()
-        super().flush(objects)
+        with self._inside():  # before SQLAlchemy marks the session as flushing; _flush() would be too late to wait
+            super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's; after the end it says so, where SQLAlchemy blames the object."""
@@ -260,13 +279,8 @@ class GuardedSession(Session):
 
     # Private ----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _inside(self) -> Generator[None]:
-        self.guard.enter()
-        try:
-            yield
-        finally:
-            self.guard.leave()
+    def _inside(self) -> AbstractContextManager[None]:
+        return self.guard.visit()
 
     def _flushed_names(self) -> set[str]:
         return {
@@ -294,6 +308,25 @@ class GuardedSession(Session):
                 "For a connection you commit yourself, use async with db.connect() as connection.",
             ],
         )
+
+
+class GuardedTransaction(SessionTransaction):
+    """A guarded session's transaction: ``session.begin()`` ends it directly, past ``Session.commit()``."""
+
+    def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """As SQLAlchemy's, for one task at a time."""
+        with cast("GuardedSession", self.session).guard.visit():
+            super().commit(_to_root)
+
+    def rollback(self, *arguments: Any, **keywords: Any) -> None:
+        """As SQLAlchemy's, for one task at a time."""
+        with cast("GuardedSession", self.session).guard.visit():
+            super().rollback(*arguments, **keywords)
+
+    def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """As SQLAlchemy's, for one task at a time."""
+        with cast("GuardedSession", self.session).guard.visit():
+            super().close(invalidate)
 
 
 def guarded(session_class: type[AsyncSession]) -> type[GuardedSession]:
@@ -336,3 +369,9 @@ def _forget_writes(session: Session, transaction: SessionTransaction) -> None:  
     # A class-level session event costs the engine nothing. Only the root's end settles what was written.
     if transaction.parent is None and isinstance(session, GuardedSession):
         session.guard.wrote.clear()
+
+
+@event.listens_for(GuardedSession, "after_transaction_create", propagate=True)
+def _guard_transaction(_session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
+    # The earliest moment: SQLAlchemy has no public place to name the class of its transactions.
+    transaction.__class__ = GuardedTransaction
