@@ -54,7 +54,7 @@ class ReplyAbandoned(BaseException):
 def unit_of(scope: Scope) -> Unit:
     """The unit of work of an ASGI scope; ``NotInstalled`` where there is none."""
     call = scope.get(_CALL)
-    if isinstance(call, _Call):
+    if isinstance(call, Call):
         return call.unit_in(scope)
     raise NotInstalled(
         "there is no unit of work here, so there is no session to give",
@@ -88,140 +88,158 @@ class UnitMiddleware:
         self.unsaved: Unsaved = _judge("unsaved", unsaved, ("warn", "raise", "ignore"))
         self.mode = MODES[_judge("commit_mode", commit_mode, tuple(MODES))]
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call of the app inside; anything but HTTP and websockets passes untouched."""
-        # No coroutine of its own, here and in Exchange.send: a call without a session pays for one in all.
-        kind = scope["type"]
-        if kind == "http":
-            return Exchange(self, scope.get(_CALL), send).run(scope, receive)
-        if kind == "websocket":
-            return Conversation(self, scope.get(_CALL), send).run(scope, receive)
-        return self.app(scope, receive, send)
+        # A call without a session pays for every frame and every store here, hence so few of either.
+        if scope["type"] != "http":
+            await self._serve_other(scope, receive, send)
+            return
+        exchange = Exchange()
+        exchange.middleware = self
+        exchange.send = send
+        exchange.unit = exchange.start = exchange.latest = exchange.failure = None
+        exchange.over = exchange.doomed = False
+        exchange.outer = scope.get(_CALL)
+        scope[_CALL] = exchange
+        app_outside = scope.get("app")
+
+        def settling_send(message: Message) -> Awaitable[None]:
+            if exchange.unit is not None:
+                return exchange.settle_and_send(message)
+            if "status" in message:
+                exchange.start = message
+            else:
+                exchange.latest = message
+            return send(message)
+
+        try:
+            await self.app(scope, receive, settling_send)
+        except BaseException as error:
+            if exchange.failure is None or isinstance(error, _NEVER_SUPERSEDED):
+                await exchange.close(well=False)
+                raise
+            _remember(error, beside=exchange.failure)
+        if exchange.failure is not None:
+            await exchange.answer_instead(scope, receive, settling_send, app_outside)
+        elif exchange.unit is not None:
+            await exchange.close(well=exchange.is_complete())
+        exchange.over = True
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            conversation = Conversation()
+            conversation.middleware, conversation.outer = self, scope.get(_CALL)
+            conversation.unit, conversation.over = None, False
+            scope[_CALL] = conversation
+            await conversation.run(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
-class _Call:
+class Call:
     """One call of the app, and its unit of work: made when somebody asks for it, gone when the call is over.
 
     Does not hold the scope: the scope holds the call, and a cycle would wait for the garbage collector.
     """
 
+    __slots__ = ("middleware", "outer", "over", "unit")
     kind: ClassVar[Kind]
-    # Defaults of the class instead of stores of each instance: this is the part that a call without a session pays.
-    _unit: Unit | None = None
-    _over = False
-
-    def __init__(self, middleware: UnitMiddleware, outer: _Call | None, send: Send) -> None:
-        self._middleware = middleware
-        self._outer = outer
-        self._send = send
+    middleware: UnitMiddleware
+    outer: Call | None
+    """The call around this one, where a mounted app has middleware of its own."""
+    unit: Unit | None
+    over: bool
 
     def unit_in(self, scope: Scope) -> Unit:
         """The unit of this call; ``NotInstalled`` once the call is over, when nobody would close a session."""
-        if self._over and self._outer is not None:
-            return self._outer.unit_in(scope)
-        if self._over:
+        if self.over and self.outer is not None:
+            return self.outer.unit_in(scope)
+        if self.over:
             raise NotInstalled(
                 "this call of the app is over, and its unit of work with it",
                 remedies=[
                     "Work that outlives a request opens a unit of its own: async with db.transaction()."
                 ],
             )
-        if self._unit is None:
-            self._unit = self._make_unit(scope)
-        return self._unit
+        if self.unit is None:
+            self.unit = self._make_unit(scope)
+        return self.unit
 
     def _make_unit(self, scope: Scope) -> Unit:
-        middleware = self._middleware
-        if self._outer is None:
+        middleware = self.middleware
+        if self.outer is None:
             unit = Unit(middleware.databases, kind=self.kind)
         else:
             # A mounted app with middleware of its own: the innermost settles, the outermost closes.
-            unit = self._outer.unit_in(scope)
+            unit = self.outer.unit_in(scope)
             unit.adopt(middleware.databases)
         unit.mode, unit.unsaved = middleware.mode, middleware.unsaved
         return unit
 
-    async def _close(self, *, well: bool) -> None:
-        self._over = True
-        unit, self._unit = self._unit, None
-        if unit is not None and self._outer is None:
+    async def close(self, *, well: bool) -> None:
+        """End the call; the outermost closes the unit, which commits what was done since the reply if all is *well*."""
+        self.over = True
+        unit, self.unit = self.unit, None
+        if unit is not None and self.outer is None:
             unit.connection = None
             await unit.close(well=well)
 
 
-class Exchange(_Call):
+class Exchange(Call):
     """One HTTP request and its reply: the unit is settled where the reply passes."""
 
+    __slots__ = ("doomed", "failure", "latest", "send", "start")
     kind = Kind.REQUEST
-    _status: int | None = None
-    """The status that has left."""
-    _complete = False
-    """Whether the last message of the reply has left."""
-    _doomed = False
+    send: Send
+    start: Message | None
+    """The start of the reply, if it has left."""
+    latest: Message | None
+    """The last that has left of what came after the start."""
+    doomed: bool
     """Whether a limiter outside will put its own reply in the place of this one."""
-    _failure: Exception | None = None
+    failure: Exception | None
     """What made a commit fail; until it is answered nothing leaves."""
 
-    async def run(self, scope: Scope, receive: Receive) -> None:
-        """Run the app with a ``send`` that settles; answer in its place if a commit failed; close the unit."""
-        scope[_CALL] = self
-        app_outside = scope.get("app")
-        try:
-            await self._middleware.app(scope, receive, self.send)
-        except BaseException as error:
-            if self._failure is None or isinstance(error, _NEVER_SUPERSEDED):
-                await self._close(well=False)
-                raise
-            _remember(error, beside=self._failure)
-        if self._failure is not None:
-            await self._answer_instead(self._failure, scope, receive, app_outside)
-        elif self._unit is not None:
-            await self._close(well=self._complete)
-        self._over = True
-
-    def send(self, message: Message) -> Awaitable[None]:
+    async def settle_and_send(self, message: Message) -> None:
         """Forward *message*; settle before the start of the reply, and before its last message."""
-        if self._unit is not None:
-            return self._settle_and_send(message)
-        if message["type"] == "http.response.start":
-            self._status = message["status"]
-        elif not message.get("more_body", False):
-            self._complete = message["type"] in _LAST_WORDS
-        return self._send(message)
-
-    async def _settle_and_send(self, message: Message) -> None:
-        if self._failure is not None:
+        if self.failure is not None:
             # State, not the exception, is the truth: whatever swallowed it, nothing of the dead reply leaves.
-            raise ReplyAbandoned from self._failure
-        if message["type"] == "http.response.start":
-            await self._settle(message["status"])
-            self._status = message["status"]
-        elif _is_last(message):
-            await self._settle(self._status)
-            self._complete = True
+            raise ReplyAbandoned from self.failure
+        if "status" in message:
+            await self._settle(message)
+            self.start = message
+        else:
+            if _is_last(message):
+                await self._settle(self.start)
+            self.latest = message
         # Outside the settling: an OSError of the client's socket is not the database's.
-        await self._send(message)
+        await self.send(message)
 
-    async def _settle(self, status: int | None) -> None:
-        assert self._unit is not None
+    async def _settle(self, start: Message | None) -> None:
+        assert self.unit is not None
+        success = start is not None and start["status"] < _ERROR and not self.doomed
         try:
-            await self._unit.settle(commit=status is not None and status < _ERROR and not self._doomed)
+            await self.unit.settle(commit=success)
         except Exception as failure:
-            self._failure = failure
+            self.failure = failure
             raise ReplyAbandoned from failure
 
+    def is_complete(self) -> bool:
+        """Whether the last message of the reply has left."""
+        return self.latest is not None and _is_last(self.latest)
+
     def _make_unit(self, scope: Scope) -> Unit:
-        self._doomed = _is_too_large(scope)
+        self.doomed = _is_too_large(scope)
         return super()._make_unit(scope)
 
-    async def _answer_instead(
-        self, failure: Exception, scope: Scope, receive: Receive, app_outside: object
-    ) -> None:
-        """Let the app's own handlers answer *failure*, once; unhandled, it leaves here for the server's."""
-        if self._status is not None:
+    async def answer_instead(self, scope: Scope, receive: Receive, send: Send, app_outside: object) -> None:
+        """Let the app's own handlers answer the failure, once; unhandled, it leaves here for the server's."""
+        failure = self._failure_now()
+        assert failure is not None
+        if self.start is not None:
             # The start has left: a reply that breaks off is the only honest one now.
             await self._break_off(failure)
-            await self._close(well=False)
+            await self.close(well=False)
             raise failure
 
         async def fail(_scope: Scope, _receive: Receive, _send: Send) -> NoReturn:
@@ -232,53 +250,53 @@ class Exchange(_Call):
         answer: ASGIApp = wrap_app_handling_exceptions(fail, connection)
         if scope.get("app") is not app_outside:
             answer = _with_server_errors(answer, scope["app"])
-        self._failure = None
+        self.failure = None
         try:
-            await answer(scope, receive, self.send)
+            await answer(scope, receive, send)
         except BaseException as error:
             if self._failure_now() is None or isinstance(error, _NEVER_SUPERSEDED):
-                await self._close(well=False)
+                await self.close(well=False)
                 raise
         # Here too state is the truth: a second failure that a handler swallowed was answered by nobody.
         second = self._failure_now()
-        await self._close(well=second is None and self._complete)
+        await self.close(well=second is None and self.is_complete())
         if second is not None:
             raise failure from second
 
     async def _break_off(self, failure: Exception) -> None:
         # Starlette's BaseHTTPMiddleware frames a reply anew, and ends it as if complete whatever is raised here. A
         # message it does not know stops it, but then it forgets our error. Servers refuse such a message.
-        assert self._unit is not None
+        assert self.unit is not None
         logger.error(
-            "%s: the reply was broken off, its commit failed: %s", self._unit.holder, type(failure).__name__
+            "%s: the reply was broken off, its commit failed: %s", self.unit.holder, type(failure).__name__
         )
         with suppress(Exception):
-            await self._send({"type": "stanch.broken_off"})
+            await self.send({"type": "stanch.broken_off"})
 
     def _failure_now(self) -> Exception | None:
-        return self._failure  # not narrowed to None: send() may have set it meanwhile
+        return self.failure  # not narrowed to None: send() may have set it meanwhile
 
 
-class Conversation(_Call):
+class Conversation(Call):
     """One websocket: while it waits for its peer it holds no connection and has nothing uncommitted."""
 
+    __slots__ = ()
     kind = Kind.WEBSOCKET
 
-    async def run(self, scope: Scope, receive: Receive) -> None:
+    async def run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app with a ``receive`` that holds nothing; close the unit."""
-        scope[_CALL] = self
 
         async def receive_holding_nothing() -> Message:
-            if self._unit is not None:
-                await self._unit.pause()
+            if self.unit is not None:
+                await self.unit.pause()
             return await receive()
 
         well = False
         try:
-            await self._middleware.app(scope, receive_holding_nothing, self._send)
+            await self.middleware.app(scope, receive_holding_nothing, send)
             well = True
         finally:
-            await self._close(well=well)
+            await self.close(well=well)
 
 
 def _is_last(message: Message) -> bool:
