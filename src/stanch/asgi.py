@@ -115,14 +115,15 @@ class UnitMiddleware:
         try:
             await self.app(scope, receive, settling_send)
         except BaseException as error:
-            if exchange.failure is None or isinstance(error, _NEVER_SUPERSEDED):
+            failure = exchange.failure_now()
+            if failure is None or isinstance(error, _NEVER_SUPERSEDED):
                 await exchange.close(well=False)
                 raise
-            _remember(error, beside=exchange.failure)
-        if exchange.failure is not None:
+            _remember(error, beside=failure)
+        if exchange.failure_now() is not None:
             await exchange.answer_instead(scope, receive, settling_send, app_outside)
         elif exchange.unit is not None:
-            await exchange.close(well=exchange.is_complete())
+            await exchange.close(well=exchange.is_complete())  # type: ignore[unreachable]  # made meanwhile
         exchange.over = True
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,7 +235,7 @@ class Exchange(Call):
 
     async def answer_instead(self, scope: Scope, receive: Receive, send: Send, app_outside: object) -> None:
         """Let the app's own handlers answer the failure, once; unhandled, it leaves here for the server's."""
-        failure = self._failure_now()
+        failure = self.failure_now()
         assert failure is not None
         if self.start is not None:
             # The start has left: a reply that breaks off is the only honest one now.
@@ -254,11 +255,11 @@ class Exchange(Call):
         try:
             await answer(scope, receive, send)
         except BaseException as error:
-            if self._failure_now() is None or isinstance(error, _NEVER_SUPERSEDED):
+            if self.failure_now() is None or isinstance(error, _NEVER_SUPERSEDED):
                 await self.close(well=False)
                 raise
         # Here too state is the truth: a second failure that a handler swallowed was answered by nobody.
-        second = self._failure_now()
+        second = self.failure_now()
         await self.close(well=second is None and self.is_complete())
         if second is not None:
             raise failure from second
@@ -273,7 +274,8 @@ class Exchange(Call):
         with suppress(Exception):
             await self.send({"type": "stanch.broken_off"})
 
-    def _failure_now(self) -> Exception | None:
+    def failure_now(self) -> Exception | None:
+        """What made a commit fail."""
         return self.failure  # not narrowed to None: send() may have set it meanwhile
 
 

@@ -298,7 +298,8 @@ class Database(Generic[S]):
 def rollback_only(session: AsyncSession) -> None:
     """Mark the unit of work of *session*: it will roll back at its end, without an error.
 
-    In a request the reply leaves as the handler made it, also a 200; nothing of the unit is stored.
+    In a request the reply leaves as the handler made it, also a 200; nothing is stored of what was not committed
+    by hand before.
     """
     guard_of(session).rollback_only = True
 

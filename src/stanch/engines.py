@@ -78,10 +78,9 @@ def from_url(url: URL, given: Mapping[str, Any], *, observers: Observers, databa
     equip = partial(_equip, settings=settings, driver=driver, observers=observers, database=database)
 
     def build() -> Equipped:
-        poolclass = StaticPool if settings.poolclass is StaticPool else NullPool  # NullPool: replaced by ours
         options = {"hide_parameters": True, **plan.engine_options}
         return equip(
-            create_async_engine(plan.url, poolclass=poolclass, connect_args=plan.connect_args, **options)
+            create_async_engine(plan.url, poolclass=NullPool, connect_args=plan.connect_args, **options)
         )
 
     return Blueprint(settings, driver, build)
@@ -124,10 +123,6 @@ def _equip(
     driver.prepare_engine(engine, settings)
     replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
-    if isinstance(sync_engine.pool, StaticPool):
-        return Equipped(
-            engine, None
-        )  # SQLite :memory: lives in its one connection; another pool would lose it
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database
     )
@@ -140,6 +135,13 @@ def _refuse_used(pool: SQLAlchemyPool) -> None:
         raise ConfigError(
             "engine: this engine already belongs to a Database",
             remedies=["Use that Database, or pass adopt=False to only look on."],
+        )
+    if isinstance(pool, StaticPool):
+        raise ConfigError(
+            "engine: its StaticPool lends one connection to everybody at once, so units would share transactions",
+            remedies=[
+                "Write Database('sqlite+aiosqlite:///:memory:'): one connection, lent to one unit at a time."
+            ],
         )
     if isinstance(pool, QueuePool) and pool.checkedout():
         raise ConfigError(

@@ -11,6 +11,7 @@ holds them on the oldest and the newest supported SQLAlchemy.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from functools import partial
@@ -57,6 +58,7 @@ class Slot(_ConnectionRecord):
             # The generation from before the connect: one that began before a failover is of the old server.
             self.generation = self._stanch_pool.generation
             self.opened_at = time.monotonic()
+            return self._stanch_pool.within_connect_timeout(self, super().get_connection)
         return super().get_connection()
 
     def checkin(self, _fairy_was_created: bool = True) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -105,6 +107,8 @@ class Pool(SQLAlchemyPool):
         # An RLock: the garbage collector returns connections on the thread that holds it.
         self._lock = threading.RLock()
         self._disposed = False
+        self._pid = os.getpid()
+        self._of_the_parent: list[Ledger[Slot]] = []
         self.generation = 0
         self.admit: Callable[[], None] = _everybody
         """Asked before each checkout; raises what speaks against it."""
@@ -159,6 +163,7 @@ class Pool(SQLAlchemyPool):
 
     def dispose(self) -> None:
         """Close what is idle; what is out now is closed when it comes back."""
+        self._leave_to_the_parent()
         with self._lock:
             self._forget_closed_loops()  # nothing of theirs can be awaited here
             self.generation += 1
@@ -213,12 +218,29 @@ class Pool(SQLAlchemyPool):
     def sever_held(self) -> None:
         """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""
         now = time.monotonic()
-        for checkout, slot in self.held():
-            if slot.dbapi_connection is not None:
-                self._driver.sever(slot.driver_connection)
+        with self._lock:
+            self._forget_closed_loops()
+            held = [(loop, *entry) for loop, ledger in self._ledgers.items() for entry in ledger.held()]
+        for loop, slot, checkout in held:
+            if loop is current_loop() or not loop.is_running():
+                self._sever(slot)
+            else:  # on a thread of its own; only there its sockets may be touched
+                loop.call_soon_threadsafe(self._sever, slot)
             self._observers.tell(
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
+
+    def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
+        """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""
+        alarm = asyncio.get_running_loop().call_later(2 * self._settings.connect_timeout, self._sever, slot)
+        try:
+            return connect()
+        finally:
+            alarm.cancel()
+
+    def _sever(self, slot: Slot) -> None:
+        if slot.dbapi_connection is not None:
+            self._driver.sever(slot.driver_connection)
 
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""
@@ -247,14 +269,29 @@ class Pool(SQLAlchemyPool):
             self._latest = (loop, ledger)
         return ledger
 
+    def _leave_to_the_parent(self) -> None:
+        """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
+        if os.getpid() == self._pid:
+            return
+        self._pid = os.getpid()
+        self._lock = (
+            threading.RLock()
+        )  # another thread of the parent's may have held it; here it never lets go
+        self._of_the_parent += self._ledgers.values()
+        self._ledgers, self._latest = {}, (None, None)
+
     def _living(self) -> list[Ledger[Slot]]:
+        self._leave_to_the_parent()
         return [ledger for loop, ledger in self._ledgers.items() if not loop.is_closed()]
 
     def _forget_closed_loops(self) -> None:
+        self._leave_to_the_parent()
         for loop in [loop for loop in self._ledgers if loop.is_closed()]:
             ledger = self._ledgers.pop(loop)
-            for slot in ledger.clear_idle():
-                self._drop(slot)
+            # Nobody can return what is out there: a return awaits, and that loop runs no more.
+            for slot in (*ledger.clear_idle(), *(slot for slot, _ in ledger.held())):
+                if slot.dbapi_connection is not None:
+                    self._drop(slot)
 
     # Waiting --------------------------------------------------------------------------------------------
 

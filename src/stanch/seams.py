@@ -79,7 +79,11 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
-            case OSError():
+            case TimeoutError():
+                # The driver's own limit of a statement (asyncpg's command_timeout). The connection lives.
+                return _too_long(original)
+            case OSError() if context.execution_context is not None or context.statement is None:
+                # Without a context the statement has not been sent yet: then it is a bind processor's own.
                 context.is_disconnect = True
                 return _gone(original)
             case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and not _asked_for_read_only(context):
@@ -105,6 +109,15 @@ def _unknown() -> CommitUnknown:
             "Give the work a key of the client's choosing, unique in its table; then repeating it is harmless.",
         ],
     )
+
+
+def _too_long(error: TimeoutError) -> DeadlinePassed:
+    passed = DeadlinePassed(
+        "a statement took longer than the driver's command_timeout",
+        remedies=["See what the server is doing: select * from pg_stat_activity where state <> 'idle'."],
+    )
+    passed.__cause__ = error
+    return passed
 
 
 def _gone(error: OSError) -> DatabaseUnavailable:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Never, cast
 
@@ -39,6 +39,7 @@ _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
 
 
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
 _COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
@@ -49,12 +50,15 @@ class Guard:
         "_depth",
         "_left",
         "_on_end",
+        "barred",
         "connection_options",
         "database",
+        "dropped",
         "ended_at",
         "holder",
         "inside",
         "rollback_only",
+        "streams",
         "wrote",
     )
 
@@ -72,6 +76,12 @@ class Guard:
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.wrote: list[str] = []
+        self.dropped: tuple[str, ...] = ()
+        """What a close() has dropped uncommitted."""
+        self.streams: list[Any] = []
+        """Results that are still fetching on the session's connection."""
+        self.barred = False
+        """Whether nobody may come in until everyone has left: set when waiting for that took too long."""
         self.inside: asyncio.Task[object] | None = None
         self._depth = 0
         self._left: asyncio.Event | None = None
@@ -85,7 +95,7 @@ class Guard:
         task = current_task()
         while self._depth and self.inside is not task and is_ours(self.inside) and in_greenlet():
             await_only(self.left())
-        if self._depth and self.inside is not task:
+        if (self._depth or self.barred) and self.inside is not task:
             raise SessionOverlap(
                 f"two tasks are inside the session of {self.holder} at once: {whereabouts(self.inside)},"
                 f" and {whereabouts(task)}",
@@ -109,6 +119,7 @@ class Guard:
             if self._left is None:
                 self._left = asyncio.Event()  # one for all who wait
             await self._left.wait()
+        self.barred = False
 
     @contextmanager
     def visit(self) -> Generator[None]:
@@ -123,6 +134,7 @@ class Guard:
         """The session was closed for good, dropping these uncommitted writes; the owner is told once."""
         if self.ended_at is None:
             self.ended_at = datetime.now(UTC)
+            self.dropped = dropped
             if self._on_end is not None:
                 self._on_end(self, dropped)
 
@@ -169,9 +181,19 @@ class GuardedSession(Session):
                 isinstance(statement, TextClause) and (word := _first_word(statement.text)) in _WRITING_WORDS
             ):
                 guard.note_write(f"text({word})")
-            return super()._execute_internal(statement, *arguments, **keywords)
+            result = super()._execute_internal(statement, *arguments, **keywords)
+            if keywords.get("execution_options", _NO_OPTIONS).get("stream_results"):
+                guard.streams.append(result)
+            return result
         finally:
             guard.leave()
+
+    def close_streams(self) -> None:
+        """End what still fetches: the connection is about to be somebody else's."""
+        streams, self.guard.streams = self.guard.streams, []
+        for stream in streams:
+            with suppress(Exception):  # a broken connection: then there is nothing left to read
+                stream.close()
 
     def _flush(self, objects: Sequence[object] | None = None) -> None:
         with self._inside():
@@ -190,7 +212,9 @@ class GuardedSession(Session):
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
         if self.guard.ended_at is not None:
             self._refuse_after_end()
-        with self._inside():  # before SQLAlchemy marks the session as flushing; _flush() would be too late to wait
+        with (
+            self._inside()
+        ):  # before SQLAlchemy marks the session as flushing; _flush() would be too late to wait
             super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
@@ -315,18 +339,26 @@ class GuardedTransaction(SessionTransaction):
 
     def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
-        with cast("GuardedSession", self.session).guard.visit():
+        with self._visit():
             super().commit(_to_root)
 
     def rollback(self, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's, for one task at a time."""
-        with cast("GuardedSession", self.session).guard.visit():
+        with self._visit():
             super().rollback(*arguments, **keywords)
 
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
-        with cast("GuardedSession", self.session).guard.visit():
+        with self._visit():
             super().close(invalidate)
+
+    @contextmanager
+    def _visit(self) -> Generator[None]:
+        session = cast("GuardedSession", self.session)
+        with session.guard.visit():
+            if self.parent is None and session.guard.streams:
+                session.close_streams()
+            yield
 
 
 def guarded(session_class: type[AsyncSession]) -> type[GuardedSession]:

@@ -81,7 +81,9 @@ def classify(error: BaseException) -> Failure | None:
             return Failure(Kind.POOL_FULL)
         case errors.DatabaseUnavailable() | errors.DatabaseClosed():
             state = sqlstate_of(error)  # a wrong password or database name is not mended by trying again
-            return Failure(Kind.UNAVAILABLE, state, retryable=state is None or state in _GONE, disconnect=True)
+            return Failure(
+                Kind.UNAVAILABLE, state, retryable=state is None or state in _GONE, disconnect=True
+            )
         case errors.DeadlinePassed():
             return Failure(Kind.TIMEOUT, disconnect=True)
         case exc.DBAPIError():

@@ -66,6 +66,7 @@ def install(
             Middleware(UnitMiddleware, databases=list(databases), commit_mode=commit_mode, unsaved=unsaved)
         )
     else:
+        _judge_second_words(middleware, commit_mode, unsaved)
         known += [database for database in databases if database not in known]
     if lifespan:
         _wrap_lifespan(app, databases, wait)
@@ -115,7 +116,7 @@ def attend(connection: HTTPConnection) -> Unit:
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
     template = getattr(scope.get("route"), "path", "?")
-    return f"{scope.get('method', 'WEBSOCKET')} {scope.get('root_path', '')}{template}"
+    return f"{scope.get('method', 'WEBSOCKET')} {template}"
 
 
 # Replies --------------------------------------------------------------------------------------------------
@@ -152,6 +153,17 @@ def _told(error: Exception) -> str:
 def _installed_middleware(app: Starlette) -> Middleware | None:
     ours: object = UnitMiddleware
     return next((entry for entry in app.user_middleware if entry.cls is ours), None)
+
+
+def _judge_second_words(middleware: Middleware, commit_mode: CommitMode, unsaved: Unsaved) -> None:
+    for name, word in {"commit_mode": commit_mode, "unsaved": unsaved}.items():
+        if word != middleware.kwargs[name]:
+            raise ConfigError(
+                f"install: {name}={word!r}, but this app was installed with {name}={middleware.kwargs[name]!r}",
+                remedies=[
+                    "One app has one mode; a single database can differ: provide_session(commit_mode=...)."
+                ],
+            )
 
 
 def _wrap_lifespan(app: Starlette, databases: tuple[Database[Any], ...], wait: float) -> None:

@@ -6,6 +6,8 @@ import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sqlalchemy import text
+
 from stanch.completion import run_to_completion
 from stanch.errors import ConfigError
 from stanch.events import TeardownFailed
@@ -85,7 +87,18 @@ class Ending:
             await (
                 self.everyone_out()
             )  # a stream's next statement may have come in while the flush was under way
-        await self.session.commit()  # bounds itself, where COMMIT is written
+        with self._severed_after(
+            self._commit_timeout
+        ):  # COMMIT bounds itself; a before_commit listener does not
+            await self.session.commit()
+
+    async def prepare(self) -> None:
+        """Flush, and provoke what else can fail before COMMIT: PostgreSQL's deferred constraints."""
+        await self.everyone_out()
+        with self._severed_after(self._commit_timeout):
+            await self.session.flush()
+            if self.session.get_bind().dialect.name == "postgresql":
+                await self.session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
 
     async def roll_back(self) -> None:
         """ROLLBACK; what was only read keeps its state. A failure is told, not raised: nothing is stored anyway."""
@@ -100,8 +113,16 @@ class Ending:
         guard = guard_of(self.session)
         if guard.inside is None:
             return
-        with self._severed_after(self._timeout):
+        alarm = asyncio.get_running_loop().call_later(self._timeout, self._turn_out)
+        try:
             await guard.left()
+        finally:
+            alarm.cancel()
+
+    def _turn_out(self) -> None:
+        # Whoever is sent out by the severing must not come straight in again, or left() would never end.
+        guard_of(self.session).barred = True
+        self._sever()
 
     async def _roll_back(self) -> None:
         sync_session = guarded_session(self.session)

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import text
-
 from stanch.completion import run_to_completion
 from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites, WriteRefused
 from stanch.events import WorkDropped
@@ -117,12 +115,20 @@ class Charge:
     def quiet(self) -> bool:
         """Nothing is begun, nothing pending: there is nothing to settle, and it costs nothing to say so."""
         session = self._sync
-        return session.guard.inside is None and not session.in_transaction() and not session.has_pending()
+        return not (
+            session.guard.inside or session.in_transaction() or session.has_pending() or session.guard.dropped
+        )
 
     @property
     def unsaved(self) -> tuple[str, ...]:
         """Names of what was written and not committed."""
         return self._sync.unsaved()
+
+    def take_dropped(self) -> tuple[str, ...]:
+        """What the handler has dropped by closing the session itself; told once."""
+        guard = self._sync.guard
+        dropped, guard.dropped = guard.dropped, ()
+        return dropped
 
     @property
     def holder(self) -> str:
@@ -257,6 +263,12 @@ class Unit:
     def _is_to_commit(self, charge: Charge) -> bool:
         match charge.wish.mode:
             case Mode.AUTO:
+                if dropped := charge.take_dropped():
+                    raise UnsavedWrites(
+                        f"{charge.holder} succeeded, but had closed its session with uncommitted writes"
+                        f" ({', '.join(dropped)})",
+                        remedies=["Do not close the unit's session: it is committed and closed for you."],
+                    )
                 return True
             case Mode.READ:
                 if writes := charge.unsaved:
@@ -294,10 +306,7 @@ async def _prepare(saving: list[Charge]) -> None:
     if len(saving) == 1:
         return
     for charge in saving:
-        await charge.ending.everyone_out()
-        await charge.session.flush()
-        if charge.session.get_bind().dialect.name == "postgresql":
-            await charge.session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+        await charge.ending.prepare()
 
 
 async def _commit_in_order(saving: list[Charge]) -> None:

@@ -51,6 +51,9 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
     @override
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """As asyncpg; but a COMMIT that was none raises."""
+        if query == "COMMIT;":
+            # asyncpg's command_timeout would send a CancelRequest after a COMMIT; commit_timeout bounds it.
+            timeout = 1e6
         tag: str = await _any(super()).execute(query, *args, timeout=timeout)
         if query == "COMMIT;" and tag != "COMMIT":  # what asyncpg's Transaction.commit() writes
             raise commit_refused("the server")
