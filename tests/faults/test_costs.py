@@ -1,0 +1,147 @@
+"""Law 12: what is not used costs nothing. Round trips are counted on the wire, work in instructions, not in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.faults.drive_endpoint import FEW, KINDS, MANY
+from tests.faults.served import ROOT, serving
+from tests.faults.subject import Subject
+from tests.support.judge import until
+from tests.support.optional import needs, path_of
+from tests.support.proxy import FaultProxy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.judge import FreshDatabase
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
+
+VALGRIND_TIMEOUT: Final = 900
+
+
+CALLS = 5
+WARMING = 7
+"""Calls before it counts: psycopg prepares a statement at the sixth time."""
+
+ROUND_TRIPS: Final = {
+    ("a session that is not used", "GET", "/idle"): 0,
+    ("a read by SessionDep", "POST", "/mixed/read/x{}"): 3,
+    ("a read by ReaderDep", "GET", "/nonces/x{}"): 3,
+    ("a write", "POST", "/entries/x{}"): 3,
+}
+"""BEGIN, the statement, COMMIT or ROLLBACK; and nothing at all for nothing."""
+
+
+NOBODY = """
+    SELECT 1 WHERE NOT EXISTS (
+        SELECT FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+    )
+"""
+
+
+async def test_round_trips_are_those_of_the_transaction(
+    driver: str, judged: FreshDatabase, tmp_path: Path
+) -> None:
+    found: dict[tuple[str, str, str], float] = {}
+    async with (
+        FaultProxy(judged.server.port) as proxy,
+        serving(Subject(url=proxy.through(judged.url(driver))), tmp_path) as served,
+    ):
+        for what in ROUND_TRIPS:
+            _, method, path = what
+            for number in range(WARMING + CALLS):
+                if number == WARMING:
+                    proxy.forget()
+                assert (await served.request(method, path.format(number))).is_success
+            found[what] = proxy.round_trips / CALLS
+            assert proxy.connections == 0
+    print(f"{driver}: {found}")
+    assert found == ROUND_TRIPS
+
+
+async def test_a_session_that_is_not_used_opens_no_connection(
+    driver: str, judged: FreshDatabase, tmp_path: Path
+) -> None:
+    async with serving(Subject(url=judged.url(driver)), tmp_path) as served:
+        for row in await judged.activity():  # the one from the start of the app
+            await judged.execute(f"SELECT pg_terminate_backend({row['pid']})")
+        await until(judged, NOBODY, judged.name)
+        for _ in range(CALLS):
+            assert (await served.request("GET", "/idle")).status == 200
+        assert await judged.activity() == []
+
+
+async def _valgrind(*arguments: str) -> str:
+    """What valgrind says when it runs Python with the last of *arguments*; the same hashes every time."""
+    process = await asyncio.create_subprocess_exec(
+        path_of("valgrind"),
+        *arguments,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await asyncio.wait_for(process.communicate(), VALGRIND_TIMEOUT)
+    except BaseException:
+        process.kill()
+        raise
+    assert process.returncode == 0, said.decode()[-2000:]
+    return said.decode()
+
+
+def _dumped(folder: Path) -> dict[tuple[str, int], int]:
+    """Instructions, by the kind of app and the number of calls."""
+    totals: dict[tuple[str, int], int] = {}
+    for dump in folder.glob("calls.*"):
+        text = dump.read_text()
+        if named := re.search(r"Trigger: dump (\w+)-(\d+)", text):
+            counted = re.search(r"^totals: (\d+)", text, re.MULTILINE)
+            assert counted
+            totals[named[1], int(named[2])] = int(counted[1])
+    return totals
+
+
+@needs("valgrind")
+@pytest.mark.long
+@pytest.mark.timeout(VALGRIND_TIMEOUT + 60)
+async def test_an_endpoint_without_a_session_costs_at_most_two_percent_more(tmp_path: Path) -> None:
+    """Raw ASGI calls, without a server, so that nothing dilutes what stanch adds."""
+    file = f"--callgrind-out-file={tmp_path}/calls"
+    drive = ("-m", "tests.faults.drive_endpoint")
+    await _valgrind("--tool=callgrind", "--instr-atstart=no", file, sys.executable, *drive)
+    totals = _dumped(tmp_path)
+    bare, installed = ((totals[kind, MANY] - totals[kind, FEW]) / (MANY - FEW) for kind in KINDS)
+    more = installed / bare - 1
+    print(f"instructions per call: {bare:.0f} bare, {installed:.0f} installed, {more:+.2%}")
+    assert more <= 0.02
+
+
+@needs("valgrind")
+@pytest.mark.long
+@pytest.mark.timeout(2 * VALGRIND_TIMEOUT)
+async def test_importing_stanch_adds_at_most_five_percent() -> None:
+    async def instructions(code: str) -> int:
+        counting = ("--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
+        said = await _valgrind(*counting, sys.executable, "-c", code)
+        found = re.search(r"I +refs: +([\d,]+)", said)
+        assert found, said[-2000:]
+        return int(found[1].replace(",", ""))
+
+    others = "import fastapi, sqlalchemy.ext.asyncio, asyncpg"
+    without, with_stanch, nothing = await asyncio.gather(
+        instructions(others), instructions(f"{others}, stanch"), instructions("pass")
+    )
+    more = (with_stanch - without) / (without - nothing)
+    print(
+        f"instructions: {without - nothing:,} for the others, {with_stanch - without:,} for stanch, {more:+.2%}"
+    )
+    assert more <= 0.05

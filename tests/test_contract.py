@@ -1,0 +1,369 @@
+"""The private names of other libraries that stanch stands on still are what we rely on.
+
+Runs, with all the other tests, on the oldest and on the newest SQLAlchemy, Starlette and drivers we support. A name
+that moved fails here by name, before anything else fails in a riddle.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import threading
+from importlib import import_module
+from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.engine import Dialect
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.engine.interfaces import ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, base
+from sqlalchemy.util import await_only, greenlet_spawn
+
+import stanch
+from stanch import Database
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+SOURCE = Path(stanch.__file__).parent
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def positional(function: Callable[..., Any]) -> list[str]:
+    kinds = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds]
+
+
+def calls(function: Callable[..., Any]) -> set[str]:
+    """The names of attributes that *function* uses."""
+    tree = ast.parse(dedent(inspect.getsource(function)))
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def has_events(engine: Any) -> bool:
+    return bool(engine._has_events)
+
+
+# pool.py ----------------------------------------------------------------------------------------------------
+
+
+def test_pool_has_the_doors_that_ours_replaces() -> None:
+    assert parameters(Pool._do_get) == ["self"]
+    assert parameters(Pool._do_return_conn) == ["self", "record"]
+    assert parameters(Pool._invalidate) == ["self", "connection", "exception", "_checkin"]
+    assert parameters(Pool._close_connection) == ["self", "connection", "terminate"]
+    assert parameters(Pool.recreate) == parameters(Pool.dispose) == parameters(Pool.status) == ["self"]
+    assert {"creator", "pre_ping", "reset_on_return", "dialect", "_dispatch"} <= set(
+        parameters(Pool.__init__)
+    )
+
+
+def test_pool_has_the_attributes_that_ours_takes_over() -> None:
+    pool = QueuePool(lambda: None, pool_size=3, max_overflow=4, timeout=5, recycle=6, pre_ping=True)  # type: ignore[arg-type]  # never called
+    names = ["_creator", "_dialect", "_reset_on_return", "_recycle", "_pre_ping", "_timeout", "_max_overflow"]
+    assert [name for name in names if not hasattr(pool, name)] == []
+    assert (pool._recycle, pool._pre_ping, pool._timeout, pool._max_overflow) == (6, True, 5, 4)
+    assert (pool.size(), pool.checkedin(), pool.checkedout()) == (3, 0, 0)
+    assert {each.name for each in base.ResetStyle} >= {"reset_none", "reset_rollback"}
+    assert issubclass(AsyncAdaptedQueuePool, QueuePool)
+    assert not issubclass(NullPool, QueuePool)
+
+
+def test_connection_record_can_be_made_unconnected_and_connects_when_asked() -> None:
+    opened: list[str] = []
+
+    class Fake:
+        def close(self) -> None:
+            opened.append("closed")
+
+    def connect() -> Any:
+        opened.append("opened")
+        return Fake()
+
+    record = base._ConnectionRecord(NullPool(connect), connect=False)
+    assert opened == []
+    assert record.dbapi_connection is None
+    record.close()
+    assert opened == [], "closing what was never open is nothing"
+    assert isinstance(record.get_connection(), Fake)
+    assert isinstance(record.driver_connection, Fake)
+    assert opened == ["opened"]
+    record.info["left"] = 1
+    record.close()
+    assert opened == ["opened", "closed"]
+    assert record.dbapi_connection is None
+
+
+def test_engine_pool_is_an_attribute_and_dispose_asks_recreate() -> None:
+    engine = create_engine("sqlite://")
+    asked: list[str] = []
+
+    class Ours(NullPool):
+        def recreate(self) -> NullPool:
+            asked.append("recreate")
+            return self
+
+        def dispose(self) -> None:
+            asked.append("dispose")
+
+    ours = Ours(engine.pool._creator, _dispatch=engine.pool.dispatch)
+    engine.pool = ours
+    engine.dispose()
+    assert asked == ["dispose", "recreate"]
+    assert engine.pool is ours
+    engine.dispose(close=False)
+    assert asked == ["dispose", "recreate", "recreate"]
+
+
+def test_async_engine_is_of_one_kind_with_any_pool() -> None:
+    assert create_async_engine("sqlite+aiosqlite://", poolclass=NullPool).sync_engine.dialect.is_async
+
+
+# seams.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["do_commit", "do_rollback"])
+def test_dialect_ends_transactions_by_a_method_of_one_argument(name: str) -> None:
+    assert len(positional(getattr(DefaultDialect, name))) == 2
+    assert hasattr(Dialect, name)
+
+
+def test_dialect_pings_by_a_method_of_one_argument() -> None:
+    assert len(positional(DefaultDialect.do_ping)) == 2
+
+
+def test_every_end_passes_the_dialect_of_the_instance() -> None:
+    engine = create_engine("sqlite://")
+    seen: list[str] = []
+    commit, rollback = engine.dialect.do_commit, engine.dialect.do_rollback
+
+    def do_commit(connection: Any) -> None:
+        seen.append("commit")
+        commit(connection)
+
+    def do_rollback(connection: Any) -> None:
+        seen.append("rollback")
+        rollback(connection)
+
+    dialect: Any = engine.dialect
+    dialect.do_commit, dialect.do_rollback = do_commit, do_rollback  # what seams.py does
+    with engine.begin() as connection:
+        connection.execute(text("SELECT 1"))
+        seen.clear()  # the first connection of an engine is looked at, and rolled back
+    assert seen[0] == "commit"
+    with Session(engine) as session:
+        for end in (session.commit, session.rollback):
+            session.execute(text("SELECT 1"))
+            seen.clear()
+            end()
+            assert seen[0] == end.__name__
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        seen.clear()
+    assert "rollback" in seen
+    assert not has_events(engine), "replacing them sets no events"
+
+
+def test_handle_error_costs_no_events_and_knows_what_we_ask() -> None:
+    engine = create_engine("sqlite://")
+    event.listen(engine, "handle_error", lambda *_args: None)
+    event.listen(engine, "do_connect", lambda *_args: None)
+    assert not has_events(engine)
+    event.listen(engine, "before_cursor_execute", lambda *_args: None)
+    assert has_events(engine), "a statement listener would"
+    known = set(ExceptionContext.__annotations__)
+    assert {
+        "connection", "is_disconnect", "invalidate_pool_on_disconnect", "original_exception", "sqlalchemy_exception"
+    } <= known  # fmt: skip
+
+
+# sessions.py ------------------------------------------------------------------------------------------------
+
+
+def test_session_has_the_funnels_that_ours_guards() -> None:
+    assert parameters(Session._autobegin_t) == ["self", "begin"]
+    assert positional(Session._execute_internal)[:3] == ["self", "statement", "params"]
+    assert parameters(Session._flush) == ["self", "objects"]
+    assert parameters(Session._connection_for_bind)[:3] == ["self", "engine", "execution_options"]
+    assert parameters(SessionTransaction._connection_for_bind) == ["self", "bind", "execution_options"]
+    assert parameters(Session._bulk_save_mappings)[:3] == ["self", "mapper", "mappings"]
+    assert {"autobegin", "close_resets_only"} <= set(parameters(Session.__init__))
+    assert "sync_session_class" in parameters(AsyncSession.__init__)
+
+
+@pytest.mark.parametrize("way", ["execute", "scalar", "scalars"])
+def test_every_statement_passes_execute_internal(way: str) -> None:
+    assert "_execute_internal" in calls(getattr(Session, way))
+
+
+@pytest.mark.parametrize("way", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"])
+def test_every_bulk_write_passes_bulk_save_mappings(way: str) -> None:
+    assert "_bulk_save_mappings" in calls(getattr(Session, way))
+
+
+def test_statement_takes_its_connection_by_connection_for_bind() -> None:
+    assert "_connection_for_bind" in calls(Session._execute_internal)
+    assert "_connection_for_bind" in calls(Session.connection) | calls(Session._connection_for_bind)
+    assert "_flush" in calls(Session.flush)
+
+
+def test_session_transaction_knows_what_it_holds() -> None:
+    engine = create_engine("sqlite://")
+    with Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        transaction = session.get_transaction()
+        assert isinstance(transaction, SessionTransaction)
+        assert transaction.parent is None
+        for entry in transaction._connections.values():
+            connection, _, _, autoclose = entry
+            assert isinstance(connection, Connection)
+            assert autoclose is True, "the fourth says whether the session opened it"
+    with engine.connect() as own, Session(own) as session:
+        session.execute(text("SELECT 1"))
+        transaction = session.get_transaction()
+        assert transaction is not None
+        assert {entry[3] for entry in transaction._connections.values()} == {False}
+
+
+def test_end_of_the_root_is_told_after_the_connection_is_back() -> None:
+    engine = create_engine("sqlite://")
+    ends: list[tuple[bool, bool]] = []
+
+    class Ours(Session):
+        pass
+
+    @event.listens_for(Ours, "after_transaction_end", propagate=True)
+    def ended(_session: Session, transaction: SessionTransaction) -> None:
+        ends.append((transaction.parent is None, transaction.is_active))
+
+    with Ours(engine) as session:
+        with session.begin_nested():
+            session.execute(text("SELECT 1"))
+        session.commit()
+    assert [root for root, _ in ends][-1] is True
+    assert [root for root, _ in ends].count(True) == 1
+    assert not has_events(engine)
+
+
+# Concurrency ------------------------------------------------------------------------------------------------
+
+
+def test_greenlets_are_told_apart_from_plain_code() -> None:
+    from sqlalchemy.util.concurrency import in_greenlet
+
+    async def main() -> tuple[bool, bool, int]:
+        inside = await greenlet_spawn(in_greenlet)
+        answer = await greenlet_spawn(lambda: await_only(asyncio.sleep(0, 42)))
+        return in_greenlet(), inside, answer
+
+    assert asyncio.run(main()) == (False, True, 42)
+
+
+def test_stack_of_a_greenlet_ends_and_goes_on_in_its_parent() -> None:
+    from greenlet import getcurrent  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+    def inside() -> list[str]:
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_back is not None:
+            frame = frame.f_back
+        parent = getcurrent().parent
+        assert parent is not None
+        outer = parent.gr_frame
+        names: list[str] = []
+        while outer is not None:
+            names.append(outer.f_code.co_name)
+            outer = outer.f_back
+        return names
+
+    async def the_task() -> list[str]:
+        return await greenlet_spawn(inside)
+
+    assert "the_task" in asyncio.run(the_task())
+
+
+# asgi.py ----------------------------------------------------------------------------------------------------
+
+
+def test_starlette_wraps_an_app_with_the_handlers_of_its_scope() -> None:
+    from starlette._exception_handler import wrap_app_handling_exceptions
+    from starlette.applications import Starlette
+    from starlette.middleware.exceptions import ExceptionMiddleware
+
+    assert len(positional(wrap_app_handling_exceptions)) == 2
+    assert "starlette.exception_handlers" in inspect.getsource(ExceptionMiddleware.__call__)
+    app = Starlette()
+    assert app.middleware_stack is None, "not built before the first request"
+    assert isinstance(app.user_middleware, list)
+    assert hasattr(app.router, "lifespan_context")
+
+
+# asyncpg, psycopg, aiosqlite --------------------------------------------------------------------------------
+
+
+def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
+    protocol: Any = import_module("asyncpg.protocol.protocol")
+    assert callable(protocol.PreparedStatementState.attach)
+    assert callable(protocol.BaseProtocol.close_statement)
+    asyncpg: Any = import_module("asyncpg")
+    assert {"_transport", "_protocol"} <= set(asyncpg.Connection.__slots__)
+    assert "COMMIT;" in inspect.getsource(import_module("asyncpg.transaction"))
+
+
+@pytest.mark.psycopg
+def test_psycopg_has_what_our_severing_uses() -> None:
+    import psycopg
+
+    assert isinstance(inspect.getattr_static(psycopg.AsyncConnection, "closed"), property)
+    assert callable(psycopg.AsyncConnection.fileno)
+    assert "self.lock" in inspect.getsource(psycopg.AsyncConnection.__init__)
+    assert callable(psycopg.pq.PGconn.finish)
+
+
+@pytest.mark.sqlite
+def test_aiosqlite_has_what_ours_overrides() -> None:
+    import aiosqlite
+
+    execute: Any = vars(aiosqlite.Connection)["_execute"]
+    assert positional(execute)[:2] == ["self", "fn"]
+    database = aiosqlite.connect(":memory:")
+    assert isinstance(database, threading.Thread) or hasattr(database, "_thread")
+
+
+# And nothing else -------------------------------------------------------------------------------------------
+
+
+def foreign_private_imports() -> Iterator[tuple[str, str]]:
+    """(module of ours, private name it imports from elsewhere)."""
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("stanch"):
+                for alias in node.names:
+                    dotted = f"{node.module}.{alias.name}"
+                    if any(part.startswith("_") and not part.startswith("__") for part in dotted.split(".")):
+                        yield str(path.relative_to(SOURCE)), dotted
+
+
+def test_private_names_are_imported_where_the_docstrings_say() -> None:
+    assert sorted(foreign_private_imports()) == [
+        ("asgi.py", "starlette._exception_handler.wrap_app_handling_exceptions"),
+        ("pool.py", "sqlalchemy.pool.base._ConnectionRecord"),
+    ]
+
+
+def test_supported_sqlalchemy_is_the_one_that_is_installed() -> None:
+    version = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])
+    assert (2, 0, 55) <= version < (2, 2, 0)
+    assert not (2, 1, 0) <= version <= (2, 1, 4)
+    assert Database.__module__ == "stanch.database"

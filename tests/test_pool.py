@@ -1,0 +1,754 @@
+"""The pool on a real PostgreSQL: fair, bounded, honest about what it holds, and never handing on what is not idle."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import re
+import threading
+import time
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from stanch import ConfigError, Database, DatabaseUnavailable, DeadlinePassed, PoolExhausted, Stats
+from stanch.embedded import EmbeddedPostgres
+from stanch.events import ConnectionSevered, Event
+from stanch.pool import Pool
+from tests.support import cleaned
+from tests.support.judge import FreshDatabase, assert_nothing_left, until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+pytestmark = pytest.mark.anyio
+
+fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
+forgetful_driver = cleaned.forgetful_driver
+
+PID = text("SELECT pg_backend_pid()")
+
+
+def make(judged: FreshDatabase, driver: str, **settings: Any) -> Database[Any]:
+    chosen: dict[str, Any] = {"pool_size": 2, "max_overflow": 0, **settings}
+    return Database(judged.url(driver), **chosen)
+
+
+async def pid_of(db: Database[Any]) -> int:
+    async with db.connect() as connection:
+        return int(await connection.scalar(PID) or 0)
+
+
+async def until_true(condition: Callable[[], bool], *, timeout: float = 5.0) -> None:
+    """Wait for a condition of this process's own; fails after *timeout* seconds."""
+    async with asyncio.timeout(timeout):
+        while not condition():  # noqa: ASYNC110  # no event tells of it
+            await asyncio.sleep(0.005)
+
+
+async def gone(judged: FreshDatabase, pid: int) -> None:
+    """Wait until the server has no backend *pid* any more."""
+    await until(judged, "SELECT 1 WHERE NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid)
+
+
+# Taking turns -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicit_close", [True, False])
+async def test_six_loops_on_a_pool_of_two_all_get_turns(
+    fresh_database: FreshDatabase, driver: str, explicit_close: bool
+) -> None:
+    """SQLAlchemy 2.1's own queue serves two of them and starves four."""
+    turns = [0] * 6
+    enough = asyncio.Event()
+
+    async def loop(number: int, db: Database[Any]) -> None:
+        while not enough.is_set():
+            session = db.session_factory()
+            if explicit_close:
+                await session.execute(text("SELECT 1"))
+                await session.close()
+            else:
+                async with session:
+                    await session.execute(text("SELECT 1"))
+            turns[number] += 1
+            if sum(turns) >= 240:
+                enough.set()
+
+    async with make(fresh_database, driver) as db:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            for number in range(6):
+                group.create_task(loop(number, db))
+        assert db.stats().in_use == 0
+        assert len(await fresh_database.activity()) <= 2
+    assert min(turns) > sum(turns) / 6 * 0.7, turns
+
+
+async def test_waiters_are_served_in_the_order_they_came(fresh_database: FreshDatabase, driver: str) -> None:
+    served: list[int] = []
+
+    async def ask(number: int, db: Database[Any]) -> None:
+        async with db.connect() as connection:
+            served.append(number)
+            await connection.execute(text("SELECT 1"))
+
+    async with make(fresh_database, driver, pool_size=1) as db:
+        async with asyncio.TaskGroup() as group, db.connect():  # the connection comes back first
+            for number in range(8):
+                group.create_task(ask(number, db))
+                await until_true(lambda wanted=number + 1: db.stats().waiting == wanted)  # type: ignore[misc]  # mypy cannot infer a lambda's default
+        assert served == list(range(8))
+        assert db.stats() == Stats(pool_size=1, max_overflow=0, in_use=0, idle=1, waiting=0)
+
+
+async def test_bound_holds_on_the_server_under_a_crowd(fresh_database: FreshDatabase, driver: str) -> None:
+    """Counted by the server inside every statement, not by the pool."""
+    count_backends = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name = 'crowd'"
+    )
+    seen: list[int] = []
+
+    async def ask(db: Database[Any]) -> None:
+        async with db.connect() as connection:
+            seen.append(int(await connection.scalar(count_backends) or 0))
+
+    async with make(fresh_database, driver, pool_size=3, application_name="crowd") as db:
+        await asyncio.gather(*(ask(db) for _ in range(60)))
+        assert db.stats() == Stats(pool_size=3, max_overflow=0, in_use=0, idle=3, waiting=0)
+    assert len(seen) == 60
+    assert max(seen) == 3
+
+
+async def test_failed_connect_passes_its_right_on(fresh_database: FreshDatabase, driver: str) -> None:
+    """Pool of one, two ask, the first connect fails: the second must not wait for a wake-up that never comes."""
+    attempts = 0
+
+    def refuse_the_first(*_args: Any) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise ConnectionRefusedError("planted")
+
+    db = make(fresh_database, driver, pool_size=1, pool_timeout=10)
+    event.listen(db.engine.sync_engine, "do_connect", refuse_the_first)
+    begun = time.monotonic()
+    outcomes = await asyncio.gather(pid_of(db), pid_of(db), return_exceptions=True)
+    assert time.monotonic() - begun < 5, "nobody waited for pool_timeout"
+    assert attempts == 2
+    assert isinstance(outcomes[0], Exception)
+    assert isinstance(outcomes[1], int)
+    assert db.stats() == Stats(pool_size=1, max_overflow=0, in_use=0, idle=1, waiting=0)
+    await db.close()
+
+
+# Giving up --------------------------------------------------------------------------------------------------
+
+
+async def _cancel_by_task(asked: Callable[[], Awaitable[None]], after: float) -> None:
+    task = asyncio.ensure_future(asked())
+    asyncio.get_running_loop().call_later(after, task.cancel)
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _cancel_by_scope(asked: Callable[[], Awaitable[None]], after: float) -> None:
+    with anyio.move_on_after(after):
+        await asked()
+
+
+@pytest.mark.usefixtures("forgetful_driver")
+@pytest.mark.parametrize("cancel", [_cancel_by_task, _cancel_by_scope], ids=["asyncio", "anyio"])
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_cancelled_waiters_give_their_places_back(
+    fresh_database: FreshDatabase,
+    driver: str,
+    seed: int,
+    cancel: Callable[[Callable[[], Awaitable[None]], float], Awaitable[None]],
+) -> None:
+    chance = random.Random(seed)
+    done = wrong = 0
+    # Cancelled while it asks for TLS, asyncpg itself leaves a future behind that nobody looks at.
+    url = fresh_database.url(driver) + "?sslmode=disable"
+
+    async with Database(url, pool_size=2, max_overflow=0, pool_timeout=20) as db:
+        begun = time.monotonic()
+        await db.engine.dispose()
+        await pid_of(db)
+        patience = time.monotonic() - begun  # what a unit takes that must connect; longer on a busy machine
+
+        async def ask() -> None:
+            nonlocal done, wrong
+            nonce = chance.randrange(10**9)
+            async with db.connect() as connection:
+                got = await connection.scalar(text("SELECT CAST(:n AS int)"), {"n": nonce})
+            done += 1
+            wrong += got != nonce
+
+        async def client() -> None:
+            for _ in range(15):
+                await cancel(ask, chance.expovariate(1 / patience))
+
+        async with asyncio.timeout(40):
+            await asyncio.gather(*(client() for _ in range(6)))
+        assert 0 < done < 90, "some were cancelled and some were not"
+        assert wrong == 0
+        await assert_nothing_left(fresh_database, db)
+        # the full size can still be lent, at once
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                await stack.enter_async_context(db.connect())
+            assert db.stats().in_use == 2
+
+
+async def test_waiter_cancelled_in_the_moment_of_its_turn_passes_it_on(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, pool_size=1) as db:
+        async with AsyncExitStack() as holding:
+            await holding.enter_async_context(db.connect())
+            first, second = (asyncio.create_task(pid_of(db)) for _ in range(2))
+            await until_true(lambda: db.stats().waiting == 2)
+        # The turn was given to the first within aclose(), and nothing has run since: it has not seen it yet.
+        first.cancel()
+        async with asyncio.timeout(2):
+            assert await second > 0
+        await asyncio.gather(first, return_exceptions=True)
+        assert db.stats() == Stats(pool_size=1, max_overflow=0, in_use=0, idle=1, waiting=0)
+
+
+# PoolExhausted ----------------------------------------------------------------------------------------------
+
+
+async def test_pool_exhausted_names_the_holders_and_the_figures(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    parked = asyncio.Event()
+    release = asyncio.Event()
+
+    async def park_in_user_code() -> None:
+        await release.wait()
+
+    async def report_of_the_month(db: Database[Any]) -> None:
+        async with db.connect():
+            parked.set()
+            await park_in_user_code()
+
+    async with make(fresh_database, driver, pool_size=1, pool_timeout=0.2) as db:
+        holder = asyncio.create_task(report_of_the_month(db), name="GET /report")
+        await parked.wait()
+        begun = time.monotonic()
+        with pytest.raises(PoolExhausted) as caught:
+            await pid_of(db)
+        assert 0.15 < time.monotonic() - begun < 2
+        told = str(caught.value)
+        release.set()
+        await holder
+    assert "within 0.20 s" in told
+    assert "in_use 1 of 1" in told
+    assert "GET /report" in told
+    assert re.search(r"test_pool\.py:\d+ in .*park_in_user_code\(\)", told), told
+    password = fresh_database.url("asyncpg").split(":")[2].split("@")[0]
+    assert password not in told
+    assert "postgresql" not in told
+
+
+async def test_holder_is_named_also_below_code_of_a_library(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """A request's task begins in the server's code; the line that matters is further in."""
+    parked = asyncio.Event()
+    release = asyncio.Event()
+
+    async def handler(db: Database[Any]) -> None:
+        async with db.connect():
+            parked.set()
+            await release.wait()
+
+    library: dict[str, Any] = {}
+    source = "async def served(handler):\n    await handler\n"
+    exec(compile(source, "/usr/lib/site-packages/server.py", "exec"), library)
+    served: Callable[[Coroutine[Any, Any, None]], Coroutine[Any, Any, None]] = library["served"]
+
+    async with make(fresh_database, driver, pool_size=1, pool_timeout=0.1) as db:
+        holder = asyncio.create_task(served(handler(db)), name="a request")
+        await parked.wait()
+        with pytest.raises(PoolExhausted) as caught:
+            await pid_of(db)
+        release.set()
+        await holder
+    assert re.search(r"test_pool\.py:\d+ in .*handler\(\)", str(caught.value)), str(caught.value)
+
+
+# Losing connections -----------------------------------------------------------------------------------------
+
+
+async def test_dead_idle_connections_are_replaced_without_an_error(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, pool_size=3) as db:
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(db.connect())
+        assert db.stats().idle == 3
+        killed = await fresh_database.fetch(
+            "SELECT pg_terminate_backend(pid, 5000) AS dead, pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        assert [row["dead"] for row in killed] == [True, True, True]
+        async with AsyncExitStack() as stack:
+            fresh = [await stack.enter_async_context(db.connect()) for _ in range(3)]
+            pids = {int(await connection.scalar(PID) or 0) for connection in fresh}
+        assert len(pids) == 3
+        assert not pids & {row["pid"] for row in killed}
+
+
+async def test_error_of_a_lost_connection_outdates_the_others(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """One connection noticed the restart in use: those that were opened before it are not handed out again."""
+    async with make(fresh_database, driver) as db:
+        async with db.connect() as one, db.connect() as other:
+            victim = int(await one.scalar(PID) or 0)
+            bystander = int(await other.scalar(PID) or 0)
+            await fresh_database.fetchval("SELECT pg_terminate_backend($1, 5000)", victim)
+            with pytest.raises(DBAPIError):
+                await one.execute(text("SELECT 1"))
+        await gone(fresh_database, bystander)
+        assert await pid_of(db) not in {victim, bystander}
+
+
+async def test_connection_is_recycled_by_age(
+    fresh_database: FreshDatabase, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make(fresh_database, driver, pool_size=1, pool_recycle=60) as db:
+        first = await pid_of(db)
+        assert await pid_of(db) == first
+        now = time.monotonic
+        monkeypatch.setattr("stanch.pool.time.monotonic", lambda: now() + 59)
+        assert await pid_of(db) == first
+        monkeypatch.setattr("stanch.pool.time.monotonic", lambda: now() + 62)
+        assert await pid_of(db) != first
+        await gone(fresh_database, first)
+
+
+@pytest.mark.parametrize("hours", [-2, +2])
+async def test_wall_clock_that_jumps_changes_nothing(
+    fresh_database: FreshDatabase, driver: str, hours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLAlchemy compares wall clock times: an invalidation before a jump back costs a reconnect at each checkout."""
+    async with make(fresh_database, driver, pool_size=1, pool_recycle=600) as db:
+        victim = await pid_of(db)
+        async with db.connect() as connection:
+            await fresh_database.fetchval("SELECT pg_terminate_backend($1, 5000)", victim)
+            with pytest.raises(DBAPIError):
+                await connection.execute(text("SELECT 1"))
+        wall = time.time
+        monkeypatch.setattr("time.time", lambda: wall() + hours * 3600)
+        assert len({await pid_of(db) for _ in range(5)}) == 1
+
+
+# What is returned -------------------------------------------------------------------------------------------
+
+
+async def raw(connection: AsyncConnection) -> Any:
+    """The driver's own connection."""
+    return (await connection.get_raw_connection()).driver_connection
+
+
+async def test_connection_returned_in_a_transaction_is_severed(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """BEGIN behind SQLAlchemy's back, and no ROLLBACK at return: only the driver knows."""
+    events: list[Event] = []
+    engine = create_async_engine(
+        fresh_database.url(driver), isolation_level="AUTOCOMMIT", pool_size=1, pool_reset_on_return=None
+    )
+    async with Database(engine) as db:
+        db.observe(events.append)
+        pid = await pid_of(db)
+        proxied = await db.engine.raw_connection()
+        theirs: Any = proxied.driver_connection
+        await theirs.execute("BEGIN")
+        await theirs.execute("CREATE TABLE half (id int)")
+        await greenlet_spawn(proxied.close)
+        assert await pid_of(db) != pid
+        await gone(fresh_database, pid)
+        assert await fresh_database.fetchval("SELECT to_regclass('half')") is None
+    assert [type(each) for each in events] == [ConnectionSevered]
+
+
+async def test_connection_returned_in_an_operation_is_severed(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """Its answer would be read by whoever comes next."""
+    strays: list[asyncio.Future[Any]] = []
+    async with make(fresh_database, driver, pool_size=1, close_timeout=0.5) as db:
+        pid = await pid_of(db)
+        with pytest.raises((DBAPIError, DeadlinePassed)):  # its ROLLBACK cannot be sent
+            async with db.connect() as connection:
+                assert await connection.scalar(PID) == pid
+                theirs: Any = await raw(connection)
+                strays.append(asyncio.ensure_future(theirs.execute("SELECT 666 FROM pg_sleep(30)")))
+                await until(
+                    fresh_database, "SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND state = 'active'", pid
+                )
+        assert db.stats().in_use == 0
+        async with db.connect() as connection:
+            assert await connection.scalar(text("SELECT 42")) == 42
+            assert await connection.scalar(PID) != pid
+        strays[0].cancel()
+        await asyncio.gather(*strays, return_exceptions=True)
+
+
+@pytest.mark.abandons_connections
+async def test_unclosed_connection_gives_its_place_back_when_collected(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, pool_size=1, pool_timeout=5) as db:
+        connection: AsyncConnection | None = await db.engine.connect()
+        assert connection is not None
+        pid = int(await connection.scalar(PID) or 0)
+        waiting = asyncio.create_task(pid_of(db))
+        await until_true(lambda: db.stats().waiting == 1)
+        connection = None
+        gc.collect()
+        async with asyncio.timeout(3):
+            assert await waiting != pid
+        await gone(fresh_database, pid)
+        await assert_nothing_left(fresh_database, db)
+
+
+@pytest.mark.abandons_connections
+async def test_unclosed_connection_collected_on_another_thread_wakes_the_waiter(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, pool_size=1, pool_timeout=5) as db:
+        hold: list[AsyncConnection] = [await db.engine.connect()]
+        waiting = asyncio.create_task(pid_of(db))
+        await until_true(lambda: db.stats().waiting == 1)
+
+        def collect() -> None:
+            time.sleep(0.1)  # until the loop sleeps: only a thread-safe call wakes it up again
+            hold.clear()
+            gc.collect()
+
+        thread = threading.Thread(target=collect)
+        thread.start()
+        begun = time.monotonic()
+        assert await waiting > 0
+        assert time.monotonic() - begun < 2, "the waiter was woken, and did not wait for its alarm"
+        await asyncio.to_thread(thread.join)
+        await assert_nothing_left(fresh_database, db)
+
+
+# dispose() --------------------------------------------------------------------------------------------------
+
+
+async def test_dispose_while_some_are_out_and_some_wait(fresh_database: FreshDatabase, driver: str) -> None:
+    async with make(fresh_database, driver, pool_size=2, pool_timeout=10) as db:
+        async with db.connect() as one, db.connect() as two:
+            old = {int(await each.scalar(PID) or 0) for each in (one, two)}
+            waiting = [asyncio.create_task(pid_of(db)) for _ in range(2)]
+            await until_true(lambda: db.stats().waiting == 2)
+            await db.engine.dispose()
+            assert db.stats() == Stats(pool_size=2, max_overflow=0, in_use=2, idle=0, waiting=2)
+            assert await one.scalar(text("SELECT 1")) == 1, "what is out goes on"
+        new = set(await asyncio.gather(*waiting))
+        assert not new & old, "what was out is closed at its return"
+        for pid in old:
+            await gone(fresh_database, pid)
+        assert len(await fresh_database.activity()) <= 2
+        await assert_nothing_left(fresh_database, db)
+
+
+async def test_dispose_closes_what_is_idle(fresh_database: FreshDatabase, driver: str) -> None:
+    async with make(fresh_database, driver) as db:
+        pid = await pid_of(db)
+        await db.engine.dispose()
+        await gone(fresh_database, pid)
+        assert db.stats().size == 0
+        assert await pid_of(db) != pid
+
+
+async def test_dispose_forgets_no_connection_that_came_back_meanwhile(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """Closing takes turns of the loop; what is opened and returned in them stays on the books."""
+    closing, go_on = asyncio.Event(), asyncio.Event()
+
+    def close_slowly(*_arguments: object) -> None:
+        closing.set()
+        await_only(go_on.wait())
+
+    async with make(fresh_database, driver) as db:
+        await pid_of(db)
+        event.listen(db.engine.sync_engine.pool, "close", close_slowly)
+        disposing = asyncio.create_task(db.engine.dispose())
+        await closing.wait()
+        pid = await pid_of(db)
+        go_on.set()
+        await disposing
+        assert db.stats().idle == 1
+        assert [row["pid"] for row in await fresh_database.activity()] == [pid]
+        assert await pid_of(db) == pid
+
+
+async def test_dispose_without_closing_forgets_the_parents_connections(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """``dispose(close=False)`` is what a forked child calls: it must not touch its parent's sockets."""
+    async with make(fresh_database, driver, pool_size=1) as db:
+        pool: Any = db.engine.sync_engine.pool
+        async with db.connect() as connection:
+            pid = int(await connection.scalar(PID) or 0)
+            parents = await raw(connection)
+        await db.engine.dispose(close=False)
+        assert db.stats().size == 0
+        assert db.engine.sync_engine.pool is pool
+        assert await fresh_database.fetchval("SELECT count(*) FROM pg_stat_activity WHERE pid = $1", pid) == 1
+        await parents.close()
+
+
+# Event loops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.abandons_connections
+def test_second_loop_gets_its_own_pool_and_the_closed_ones_are_dropped(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    pids = [asyncio.run(pid_of(db)) for _ in range(3)]
+    assert len(set(pids)) == 3
+    assert db.stats().size == 0, "nobody can use a connection of a closed loop"
+
+    async def close() -> None:
+        await db.close()
+
+    asyncio.run(close())
+    deadline = time.monotonic() + 5
+    while not {(str(pid),) for pid in pids}.isdisjoint(postgres.sql("SELECT pid FROM pg_stat_activity")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.abandons_connections
+def test_database_of_a_closed_loop_can_be_closed_in_another(
+    postgres: EmbeddedPostgres, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As TestClient does: one loop for each test, the database closed in the last."""
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    pid = asyncio.run(pid_of(db))
+    asyncio.run(db.close())
+    deadline = time.monotonic() + 5
+    while (str(pid),) in postgres.sql("SELECT pid FROM pg_stat_activity") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (str(pid),) not in postgres.sql("SELECT pid FROM pg_stat_activity")
+    assert db.stats().size == 0
+    assert not [record for record in caplog.records if record.levelname in {"ERROR", "CRITICAL"}]
+
+
+@pytest.mark.abandons_connections
+def test_two_loops_at_once_do_not_share_connections(postgres: EmbeddedPostgres, driver: str) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    meet = threading.Barrier(2, timeout=10)
+    pids: list[int] = []
+    failures: list[BaseException] = []
+
+    async def work() -> None:
+        async with db.connect() as connection:
+            pids.append(int(await connection.scalar(PID) or 0))
+            await asyncio.to_thread(meet.wait)
+            for _ in range(20):
+                assert await connection.scalar(text("SELECT 1")) == 1
+            await asyncio.to_thread(meet.wait)
+
+    asyncio.run(pid_of(db))  # SQLAlchemy's very first connect takes a lock that two loops cannot share
+
+    def run() -> None:
+        try:
+            asyncio.run(work())
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert failures == []
+    assert len(set(pids)) == 2
+    asyncio.run(db.close())
+
+
+# Kinds of pool ----------------------------------------------------------------------------------------------
+
+
+async def test_null_pool_keeps_nothing_and_is_bounded_all_the_same(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, poolclass=NullPool, pool_size=2, pool_timeout=0.1) as db:
+        async with db.connect() as one, db.connect():
+            pid = int(await one.scalar(PID) or 0)
+            with pytest.raises(PoolExhausted):
+                await pid_of(db)
+        assert db.stats() == Stats(pool_size=2, max_overflow=0, in_use=0, idle=0, waiting=0)
+        await gone(fresh_database, pid)
+
+
+async def test_overflow_is_closed_and_the_pool_size_kept(fresh_database: FreshDatabase, driver: str) -> None:
+    async with make(fresh_database, driver, pool_size=1, max_overflow=2) as db:
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(db.connect())
+            assert db.stats() == Stats(pool_size=1, max_overflow=2, in_use=3, idle=0, waiting=0)
+        assert db.stats() == Stats(pool_size=1, max_overflow=2, in_use=0, idle=1, waiting=0)
+        await until(
+            fresh_database,
+            "SELECT 1 WHERE 1 = (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND backend_type = 'client backend' AND pid <> pg_backend_pid())",
+        )
+
+
+# An engine that is there already ----------------------------------------------------------------------------
+
+
+def an_engine(judged: FreshDatabase, driver: str, **options: Any) -> AsyncEngine:
+    return create_async_engine(judged.url(driver), **options)
+
+
+def _hear(heard: list[str], name: str, *_arguments: object) -> None:
+    heard.append(name)
+
+
+async def test_existing_engine_keeps_its_size_and_its_listeners(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    engine = an_engine(fresh_database, driver, pool_size=3, max_overflow=4, pool_timeout=1.5, pool_recycle=77)
+    heard: list[str] = []
+    for name in ("connect", "checkout", "checkin"):
+        event.listen(engine.sync_engine, name, partial(_hear, heard, name))
+    event.listen(engine.sync_engine.pool, "close", lambda *_args: heard.append("close"))
+    async with Database(engine) as db:
+        assert db.engine is engine
+        assert isinstance(engine.sync_engine.pool, Pool)
+        assert (db.settings.pool_size, db.settings.max_overflow) == (3, 4)
+        assert (db.settings.pool_timeout, db.settings.pool_recycle) == (1.5, 77)
+        heard.clear()
+        await pid_of(db)
+        assert heard == ["checkout", "checkin"]
+    assert heard[-1] == "close"
+
+
+async def test_existing_engine_is_taken_after_use_but_not_while_in_use(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    engine = an_engine(fresh_database, driver)
+    async with engine.connect() as connection:
+        pid = int(await connection.scalar(PID) or 0)
+        with pytest.raises(ConfigError, match="1 of its connections are checked out"):
+            Database(engine)
+    async with Database(engine) as db:
+        ours = await pid_of(db)
+    for each in (pid, ours):
+        await gone(fresh_database, each)
+
+
+async def test_engine_belongs_to_one_database(fresh_database: FreshDatabase, driver: str) -> None:
+    engine = an_engine(fresh_database, driver)
+    async with Database(engine):
+        with pytest.raises(ConfigError, match="already belongs"):
+            Database(engine)
+
+
+async def test_engine_that_is_not_adopted_keeps_its_pool(fresh_database: FreshDatabase, driver: str) -> None:
+    engine = an_engine(fresh_database, driver, pool_size=2)
+    before = engine.sync_engine.pool
+    db = Database(engine, adopt=False)
+    assert engine.sync_engine.pool is before
+    async with db.connect() as connection:
+        assert await connection.scalar(text("SELECT 1")) == 1
+        assert db.stats().in_use == 1
+        assert not db.stats().adopted
+    async with db.transaction() as session:
+        await session.execute(text("CREATE TABLE kept (id int)"))
+    assert await fresh_database.fetchval("SELECT to_regclass('kept')::text") == "kept"
+    await engine.dispose()
+
+
+async def test_existing_engine_whose_pool_lends_one_connection_to_all_is_refused(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """Two units would share one transaction: an error's row would be stored with somebody else's commit."""
+    engine = an_engine(fresh_database, driver, poolclass=StaticPool)
+    with pytest.raises(ConfigError, match="StaticPool"):
+        Database(engine)
+    await engine.dispose()
+
+
+async def test_existing_engine_with_another_pool_class(fresh_database: FreshDatabase, driver: str) -> None:
+    engine = an_engine(fresh_database, driver, poolclass=NullPool)
+    db = Database(engine)
+    assert await pid_of(db) > 0
+    assert not isinstance(engine.sync_engine.pool, QueuePool)
+    await db.close()
+    await engine.dispose()
+
+
+async def test_a_checkin_listener_that_raises_costs_no_slot(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """SQLAlchemy runs the listeners before the record reaches the pool."""
+    async with Database(fresh_database.url(driver), pool_size=1, max_overflow=0, pool_timeout=2.0) as db:
+        raised = 0
+
+        def fail(_connection: object, _record: object) -> None:
+            nonlocal raised
+            raised += 1
+            if raised <= 3:
+                raise RuntimeError("a listener of the user's")
+
+        event.listen(db.engine.sync_engine, "checkin", fail)
+        for _ in range(5):
+            async with db.session() as session:
+                await session.execute(text("SELECT 1"))
+            assert db.stats().in_use == 0
+        assert raised == 5
+
+
+# A server that has no room ----------------------------------------------------------------------------------
+
+
+async def test_too_many_connections_is_a_clear_error(driver: str) -> None:
+    settings: dict[str, str | int] = {
+        "max_connections": 4,
+        "superuser_reserved_connections": 0,
+        "reserved_connections": 0,
+        "max_wal_senders": 0,
+        "autovacuum": "off",
+    }
+    server = EmbeddedPostgres(settings=settings)
+    await asyncio.to_thread(server.start)
+    try:
+        db: Database[Any] = Database(server.url(driver), pool_size=10, max_overflow=0)
+        async with AsyncExitStack() as stack:
+            with pytest.raises(DatabaseUnavailable) as caught:
+                for _ in range(10):
+                    await stack.enter_async_context(db.connect())
+            in_use = db.stats().in_use
+            assert in_use == 4
+            if driver == "asyncpg":  # libpq keeps the SQLSTATE of a refused connection to itself
+                assert "53300" in str(caught.value)
+        assert db.stats().in_use == 0
+        assert await pid_of(db) > 0, "there is room again"
+        await db.close()
+    finally:
+        await asyncio.to_thread(server.stop)
