@@ -96,7 +96,6 @@ class UnitMiddleware:
             return
         exchange = Exchange()
         exchange.middleware = self
-        exchange.send = send
         exchange.unit = exchange.start = exchange.latest = exchange.failure = None
         exchange.over = exchange.doomed = False
         exchange.outer = scope.get(_CALL)
@@ -105,7 +104,7 @@ class UnitMiddleware:
 
         def settling_send(message: Message) -> Awaitable[None]:
             if exchange.unit is not None:
-                return exchange.settle_and_send(message)
+                return exchange.settle_and_send(message, send)
             if "status" in message:
                 exchange.start = message
             else:
@@ -121,6 +120,8 @@ class UnitMiddleware:
                 raise
             _remember(error, beside=failure)
         if exchange.failure_now() is not None:
+            if exchange.start is not None:
+                await exchange.break_off(send)  # type: ignore[unreachable]  # set meanwhile
             await exchange.answer_instead(scope, receive, settling_send, app_outside)
         elif exchange.unit is not None:
             await exchange.close(well=exchange.is_complete())  # type: ignore[unreachable]  # made meanwhile
@@ -189,9 +190,8 @@ class Call:
 class Exchange(Call):
     """One HTTP request and its reply: the unit is settled where the reply passes."""
 
-    __slots__ = ("doomed", "failure", "latest", "send", "start")
+    __slots__ = ("doomed", "failure", "latest", "start")
     kind = Kind.REQUEST
-    send: Send
     start: Message | None
     """The start of the reply, if it has left."""
     latest: Message | None
@@ -201,7 +201,7 @@ class Exchange(Call):
     failure: Exception | None
     """What made a commit fail; until it is answered nothing leaves."""
 
-    async def settle_and_send(self, message: Message) -> None:
+    async def settle_and_send(self, message: Message, send: Send) -> None:
         """Forward *message*; settle before the start of the reply, and before its last message."""
         if self.failure is not None:
             # State, not the exception, is the truth: whatever swallowed it, nothing of the dead reply leaves.
@@ -214,7 +214,7 @@ class Exchange(Call):
                 await self._settle(self.start)
             self.latest = message
         # Outside the settling: an OSError of the client's socket is not the database's.
-        await self.send(message)
+        await send(message)
 
     async def _settle(self, start: Message | None) -> None:
         assert self.unit is not None
@@ -237,11 +237,6 @@ class Exchange(Call):
         """Let the app's own handlers answer the failure, once; unhandled, it leaves here for the server's."""
         failure = self.failure_now()
         assert failure is not None
-        if self.start is not None:
-            # The start has left: a reply that breaks off is the only honest one now.
-            await self._break_off(failure)
-            await self.close(well=False)
-            raise failure
 
         async def fail(_scope: Scope, _receive: Receive, _send: Send) -> NoReturn:
             raise failure
@@ -264,7 +259,10 @@ class Exchange(Call):
         if second is not None:
             raise failure from second
 
-    async def _break_off(self, failure: Exception) -> None:
+    async def break_off(self, send: Send) -> None:
+        """End a reply whose start has left without its last message, the only honest way now; raises the failure."""
+        failure = self.failure_now()
+        assert failure is not None
         # Starlette's BaseHTTPMiddleware frames a reply anew, and ends it as if complete whatever is raised here. A
         # message it does not know stops it, but then it forgets our error. Servers refuse such a message.
         assert self.unit is not None
@@ -272,7 +270,9 @@ class Exchange(Call):
             "%s: the reply was broken off, its commit failed: %s", self.unit.holder, type(failure).__name__
         )
         with suppress(Exception):
-            await self.send({"type": "stanch.broken_off"})
+            await send({"type": "stanch.broken_off"})
+        await self.close(well=False)
+        raise failure
 
     def failure_now(self) -> Exception | None:
         """What made a commit fail."""
