@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
+import os
 import random
 import re
+import select
+import signal
 import threading
 import time
 from contextlib import AsyncExitStack
@@ -20,12 +24,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from stanch import ConfigError, Database, DatabaseUnavailable, DeadlinePassed, PoolExhausted, Stats
+from stanch import ConfigError, Database, DatabaseUnavailable, DeadlinePassed, PoolExhausted, Stats, classify
 from stanch.embedded import EmbeddedPostgres
 from stanch.events import ConnectionSevered, Event
 from stanch.pool import Pool
+from stanch.sqlstate import Kind
 from tests.support import cleaned
 from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.proxy import FaultProxy, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -589,6 +595,155 @@ def test_two_loops_at_once_do_not_share_connections(postgres: EmbeddedPostgres, 
     asyncio.run(db.close())
 
 
+def _gone_from(server: EmbeddedPostgres, pid: int) -> bool:
+    deadline = time.monotonic() + 5
+    while (str(pid),) in server.sql("SELECT pid FROM pg_stat_activity"):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.abandons_connections
+def test_close_severs_what_a_closed_loop_still_held(postgres: EmbeddedPostgres, driver: str) -> None:
+    """Nobody can return it: a return awaits, and that loop runs no more."""
+    db: Database[Any] = Database(postgres.url(driver), drain_timeout=0.2, close_timeout=0.5)
+    session = db.session_factory()
+
+    async def hold() -> int:
+        return int(await session.scalar(PID) or 0)
+
+    pid = asyncio.run(hold())
+    assert (str(pid),) in postgres.sql("SELECT pid FROM pg_stat_activity")
+    begun = time.monotonic()
+    asyncio.run(db.close())
+    assert time.monotonic() - begun < 3
+    assert _gone_from(postgres, pid)
+    assert db.stats().size == 0
+
+
+@pytest.mark.abandons_connections
+def test_close_severs_what_another_running_loop_holds_and_its_holder_hears_of_it(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    """Its sockets belong to that loop's thread: touched from here, its holder would sleep on."""
+    db: Database[Any] = Database(postgres.url(driver), drain_timeout=0.2, close_timeout=0.5)
+    asyncio.run(pid_of(db))  # SQLAlchemy's very first connect takes a lock that two loops cannot share
+    pids: list[int] = []
+    outcome: list[BaseException | None] = []
+
+    async def sleep() -> None:
+        async with db.session() as session:
+            pids.append(int(await session.scalar(PID) or 0))
+            await session.execute(text("SELECT pg_sleep(20)"))
+
+    def run() -> None:
+        try:
+            asyncio.run(sleep(), debug=True)  # debug: a call from a foreign thread raises
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 5
+    while not postgres.sql("SELECT pid FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(20)'"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    begun = time.monotonic()
+    asyncio.run(db.close(), debug=True)
+    assert time.monotonic() - begun < 3
+    thread.join(5)
+    assert not thread.is_alive(), "its holder was never told"
+    assert isinstance(outcome[0], DBAPIError | OSError), outcome
+    postgres.sql(f"SELECT pg_cancel_backend({pids[0]})")  # a severed backend notices when its sleep is over
+    assert _gone_from(postgres, pids[0])
+
+
+# Forks ------------------------------------------------------------------------------------------------------
+
+
+def _by_os_fork(work: Callable[[], None]) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 10
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child did not end")
+        time.sleep(0.01)
+
+
+def _by_multiprocessing(work: Callable[[], None]) -> None:
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(10)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        pytest.fail("the child did not end")
+
+
+@pytest.mark.abandons_connections
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # since Python 3.12
+@pytest.mark.parametrize("fork", [_by_os_fork, _by_multiprocessing], ids=["os.fork", "multiprocessing"])
+@pytest.mark.parametrize("held", [False, True], ids=["idle", "in use"])
+def test_a_forked_child_neither_uses_severs_nor_closes_its_parents_connections(
+    postgres: EmbeddedPostgres, driver: str, fork: Callable[[Callable[[], None]], None], held: bool
+) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, drain_timeout=0.3, close_timeout=0.5)
+    reader, writer = os.pipe()
+
+    async def use_and_close() -> int:
+        async with db:
+            return await pid_of(db)
+
+    def child() -> None:
+        try:
+            told = str(asyncio.run(use_and_close()))
+            gc.collect()
+        except BaseException as error:
+            told = repr(error)
+        os.write(writer, told.encode())
+
+    with asyncio.Runner() as runner:
+
+        async def before() -> tuple[Any, int]:
+            if not held:
+                return None, await pid_of(db)
+            session = db.session_factory()
+            return session, int(await session.scalar(PID) or 0)
+
+        async def after(session: Any) -> int:
+            async with asyncio.timeout(4):
+                if session is None:
+                    return await pid_of(db)
+                pid = int(await session.scalar(PID) or 0)
+                await session.commit()
+                await session.close()
+                return pid
+
+        session, pid = runner.run(before())
+        fork(child)
+        assert select.select([reader], [], [], 0)[0], "the child has told nothing"
+        told = os.read(reader, 1000).decode()
+        assert told.isdigit(), told
+        assert int(told) != pid
+        assert _gone_from(postgres, int(told)), "what the child has opened it has closed"
+        assert (str(pid),) in postgres.sql("SELECT pid FROM pg_stat_activity")
+        assert runner.run(after(session)) == pid
+        assert db.stats().in_use == 0
+        runner.run(db.close())
+    assert _gone_from(postgres, pid)
+    os.close(reader)
+    os.close(writer)
+
+
 # Kinds of pool ----------------------------------------------------------------------------------------------
 
 
@@ -722,6 +877,40 @@ async def test_a_checkin_listener_that_raises_costs_no_slot(
                 await session.execute(text("SELECT 1"))
             assert db.stats().in_use == 0
         assert raised == 5
+
+
+# A server that falls silent ---------------------------------------------------------------------------------
+
+
+async def test_the_first_connect_to_a_server_that_falls_silent_after_the_login_ends_in_time(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """The driver has connected; what SQLAlchemy asks of its first connection is answered by nobody."""
+
+    def lose_all_but_the_password(kind: str, _payload: bytes) -> Verdict:
+        return Verdict.FORWARD if kind == "p" else Verdict.LOSE
+
+    async with FaultProxy(fresh_database.server.port) as proxy:
+        proxy.on_client_message = lose_all_but_the_password
+        url = proxy.through(fresh_database.url(driver)) + "?sslmode=disable"
+        patience: dict[str, Any] = dict.fromkeys(
+            ("connect_timeout", "pool_timeout", "close_timeout", "drain_timeout"), 0.4
+        )
+        db: Database[Any] = Database(url, **patience)
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(db.open()), asyncio.create_task(pid_of(db))]
+        done, pending = await asyncio.wait(tasks, timeout=5)
+        proxy.cut()
+        if pending:
+            await asyncio.wait(pending, timeout=5)
+        assert not pending, f"{len(done)} of 2 ended in time"
+        assert proxy.verdicts[Verdict.LOSE] >= 1
+        failures = [classify(error) for task in tasks if (error := task.exception()) is not None]
+        assert len(failures) == 2
+        assert [failure and failure.kind for failure in failures] == [Kind.UNAVAILABLE] * 2
+        assert db.stats().in_use == 0
+        proxy.on_client_message = lambda _kind, _payload: Verdict.FORWARD
+        async with db:
+            assert await pid_of(db) > 0, "the server speaks again"
 
 
 # A server that has no room ----------------------------------------------------------------------------------

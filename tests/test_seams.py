@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Integer, TypeDecorator, bindparam, event, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
 from stanch import CommitRefused, CommitUnknown, Database, DeadlinePassed, classify
@@ -271,6 +271,55 @@ async def test_commit_failure_under_cancellation_is_not_lost(rows: FreshDatabase
             chain.append(link)
         assert any(isinstance(each, CommitUnknown) for each in chain), chain
         assert proxy.verdicts[Verdict.CUT_ANSWER] == 1
+        await assert_nothing_left(rows, db)
+
+
+async def test_asyncpgs_command_timeout_does_not_cut_a_commit_short(rows: FreshDatabase) -> None:
+    """It would send a CancelRequest after the COMMIT, and call what may be stored a timeout."""
+    await rows.execute(
+        "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$"
+        " BEGIN PERFORM pg_sleep(0.6); RETURN NULL; END $$;"
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON rows DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW EXECUTE FUNCTION dawdle()"
+    )
+    async with proxied(rows, "asyncpg", connect_args={"command_timeout": 0.2}) as (proxy, db):
+        begun = time.monotonic()
+        await by_transaction(db, nothing)
+        assert time.monotonic() - begun > 0.5, "COMMIT was slow"
+        assert proxy.cancel_requests == 0
+        assert await stored(rows)
+
+
+async def test_commit_that_is_never_answered_is_unknown_also_with_a_command_timeout(
+    rows: FreshDatabase,
+) -> None:
+    async with proxied(
+        rows, "asyncpg", commit_timeout=0.6, close_timeout=0.3, connect_args={"command_timeout": 0.1}
+    ) as (proxy, db):
+        proxy.on_client_message = at_commit(Verdict.LOSE_ANSWER)
+        begun = time.monotonic()
+        with pytest.raises(CommitUnknown):
+            await by_transaction(db, nothing)
+        assert 0.5 < time.monotonic() - begun < 3
+        assert proxy.verdicts[Verdict.LOSE_ANSWER] == 1
+        assert await stored(rows), "what is unknown here was stored"
+
+
+async def test_statement_that_meets_the_command_timeout_costs_no_other_connection(
+    rows: FreshDatabase,
+) -> None:
+    async with proxied(rows, "asyncpg", connect_args={"command_timeout": 0.2}) as (proxy, db):
+        async with db.connect() as bystander:
+            pid = await bystander.scalar(PID)
+            with pytest.raises(DeadlinePassed, match="command_timeout") as caught:
+                async with db.session() as session:
+                    await session.execute(text("SELECT pg_sleep(20)"))
+            failure = classify(caught.value)
+            assert failure is not None
+            assert failure.kind is Kind.TIMEOUT
+        assert proxy.connections - proxy.cancel_requests == 2
+        async with db.connect() as first, db.connect() as second:
+            assert pid in {await first.scalar(PID), await second.scalar(PID)}
         await assert_nothing_left(rows, db)
 
 
@@ -551,6 +600,41 @@ async def test_write_in_our_own_read_only_transaction_costs_no_connection(
         await by_transaction(db, nothing)
         assert proxy.connections == 1, "READ ONLY ended with its transaction"
         assert await stored(rows)
+
+
+# What is the app's own --------------------------------------------------------------------------------------
+
+
+class Sealed(TypeDecorator[int]):
+    """Encrypts what it stores, if it finds its key."""
+
+    impl = Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: object) -> int | None:
+        raise FileNotFoundError(2, "no key file")
+
+
+async def test_oserror_of_a_bind_processor_stays_the_apps_own_and_outdates_nothing(
+    rows: FreshDatabase, driver: str
+) -> None:
+    async with proxied(rows, driver) as (proxy, db):
+        seal = text("INSERT INTO rows VALUES (:id)").bindparams(bindparam("id", type_=Sealed()))
+        async with db.connect() as bystander:
+            await bystander.execute(PID)
+            with pytest.raises(StatementError) as caught:
+                async with db.transaction() as session:
+                    await session.execute(PID)
+                    await session.execute(seal, {"id": 1})
+        assert isinstance(caught.value.orig, FileNotFoundError)
+        assert not isinstance(caught.value, DBAPIError)
+        assert classify(caught.value) is None
+        assert db.stats().idle == 2
+        async with db.connect() as first, db.connect() as second:
+            await first.execute(PID)
+            await second.execute(PID)
+        assert proxy.connections == 2, "both live on"
+        assert not await stored(rows)
 
 
 # What it costs ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-from sqlalchemy import ForeignKey, delete, insert, select, text, update
+from sqlalchemy import ForeignKey, delete, event, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
@@ -19,6 +19,7 @@ from stanch import (
     CommitRefused,
     ConnectionCommitRefused,
     Database,
+    DatabaseUnavailable,
     NotInstalled,
     SessionClosed,
     SessionOverlap,
@@ -610,6 +611,65 @@ async def test_closing_severs_a_straggler_after_the_timeout(library: FreshDataba
             await stragglers[0]
         assert await library.fetchval("SELECT count(*) FROM shelves WHERE id = 71") == 0
         assert db.stats().in_use == 0
+        await assert_nothing_left(library, db)
+
+
+async def test_a_task_that_comes_straight_back_in_cannot_keep_a_unit_from_ending(
+    library: FreshDatabase, driver: str
+) -> None:
+    """It is sent out by the severing, rolls back and comes in again before anybody else had a turn."""
+    enough = asyncio.Event()
+    met: list[BaseException] = []
+
+    async def hang_on(session: AsyncSession) -> None:
+        while not enough.is_set():
+            try:
+                await session.execute(text("SELECT 1"))
+            except Exception as error:
+                met.append(error)
+                await session.rollback()
+
+    async def work(db: Database[AsyncSession]) -> None:
+        async with db.transaction() as session:
+            stragglers.append(asyncio.create_task(hang_on(session)))
+            await asyncio.sleep(0.1)
+
+    stragglers: list[asyncio.Task[None]] = []
+    async with Database(library.url(driver), close_timeout=0.3, commit_timeout=0.5, drain_timeout=1) as db:
+        task = asyncio.create_task(work(db))
+        done, _ = await asyncio.wait((task,), timeout=5)
+        enough.set()
+        async with asyncio.timeout(5):
+            await asyncio.gather(task, *stragglers, return_exceptions=True)
+        assert done, "the unit was kept from ending"
+        assert met, "it was sent out"
+        await assert_nothing_left(library, db)
+
+
+async def test_a_listener_that_waits_before_the_commit_does_not_keep_a_unit_from_ending(
+    library: FreshDatabase, driver: str
+) -> None:
+    async with Database(
+        library.url(driver), commit_timeout=0.4, close_timeout=0.4, statement_timeout=None, lock_timeout=None
+    ) as db:
+
+        def wait_for_the_other(session: Session) -> None:
+            session.execute(text("INSERT INTO shelves VALUES (80)"))
+
+        async def work() -> None:
+            async with db.transaction() as session:
+                event.listen(session.sync_session, "before_commit", wait_for_the_other)
+                await session.execute(text("SELECT 1"))
+
+        async with db.connect() as blocker:
+            await blocker.execute(text("INSERT INTO shelves VALUES (80)"))
+            task = asyncio.create_task(work())
+            done, _ = await asyncio.wait((task,), timeout=5)
+            await blocker.rollback()
+            await asyncio.wait((task,), timeout=5)
+        assert done, "the listener was waited for"
+        assert isinstance(task.exception(), (DBAPIError, DatabaseUnavailable))
+        assert await library.fetchval("SELECT count(*) FROM shelves WHERE id = 80") == 0
         await assert_nothing_left(library, db)
 
 

@@ -3,13 +3,14 @@
 import asyncio
 import sqlite3
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, HTTPException
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import StaticPool
 
 from stanch import Database
 from stanch.fastapi import ReaderDep, SessionDep, install
@@ -90,3 +91,49 @@ async def test_a_reader_reads_while_a_writer_is_at_work(file: Path) -> None:
 
     assert (reply.status_code, reply.json()) == (200, 0)
     assert truth(file) == [(1, 7)]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("options", [{}, {"poolclass": StaticPool}], ids=["default", "StaticPool"])
+@pytest.mark.parametrize("first", ["good", "bad"])
+async def test_two_requests_at_once_in_memory_share_no_transaction(
+    first: str, options: dict[str, Any]
+) -> None:
+    """All of ``:memory:`` is one connection: a 400 leaves nothing there, a 201 keeps its row."""
+    db: Database[Any] = Database("sqlite+aiosqlite:///:memory:", **options)
+    app = FastAPI()
+    install(app, db)
+    wrote, go_on = asyncio.Event(), asyncio.Event()
+
+    @app.post("/users/{name}", status_code=201)
+    async def add(name: str, session: SessionDep) -> None:
+        if name != first:
+            await wrote.wait()
+        await session.execute(text("INSERT INTO users VALUES (:name)"), {"name": name})
+        if name == first:
+            wrote.set()
+            await go_on.wait()
+        if name == "bad":
+            raise HTTPException(400)
+
+    async def second(client: httpx.AsyncClient) -> httpx.Response:
+        # The second cannot end before the first where they take turns; where they do not, it gets its chance.
+        task = asyncio.create_task(client.post(f"/users/{'bad' if first == 'good' else 'good'}"))
+        await wrote.wait()
+        await asyncio.wait((task,), timeout=0.3)
+        go_on.set()
+        return await task
+
+    async with (
+        asyncio.timeout(10),
+        db,
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client,
+    ):
+        async with db.begin() as connection:
+            await connection.execute(text("CREATE TABLE users (name TEXT)"))
+        replies = await asyncio.gather(client.post(f"/users/{first}"), second(client))
+        async with db.connect() as connection:
+            names = (await connection.execute(text("SELECT name FROM users"))).scalars().all()
+
+    assert sorted(reply.status_code for reply in replies) == [201, 400]
+    assert names == ["good"]

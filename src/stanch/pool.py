@@ -23,7 +23,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_loop, current_task
-from stanch.errors import PoolExhausted
+from stanch.errors import DatabaseUnavailable, PoolExhausted
 from stanch.events import ConnectionSevered, Observers, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
 
@@ -232,9 +232,20 @@ class Pool(SQLAlchemyPool):
 
     def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
         """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""
-        alarm = asyncio.get_running_loop().call_later(2 * self._settings.connect_timeout, self._sever, slot)
+        timeout = 2 * self._settings.connect_timeout
+        alarm = asyncio.get_running_loop().call_later(timeout, self._sever, slot)
+        due = time.monotonic() + timeout
         try:
             return connect()
+        except Exception as error:
+            if time.monotonic() < due:
+                raise
+            raise DatabaseUnavailable(
+                f"a new connection was not ready for use within {timeout:.2f} s; it was severed",
+                remedies=[
+                    "The server accepts connections, but does not answer: look at its log and its load."
+                ],
+            ) from error
         finally:
             alarm.cancel()
 

@@ -36,8 +36,8 @@ _INTERNAL_ERROR: Final = 1011
 def install(
     app: Starlette,
     *databases: Database[Any],
-    commit_mode: CommitMode = "auto",
-    unsaved: Unsaved = "warn",
+    commit_mode: CommitMode | None = None,
+    unsaved: Unsaved | None = None,
     lifespan: bool = True,
     exception_handlers: bool = True,
     wait: float = 0.0,
@@ -45,10 +45,11 @@ def install(
     """Put *databases* to work in *app*: lifespan, one middleware, exception handlers. The first is the default one.
 
     The app's own lifespan runs inside: the databases are open before it starts and drained after it ends. At
-    start each database must answer within *wait* seconds (0: at once). With ``commit_mode="manual"`` handlers
-    commit for themselves, and *unsaved* says what becomes of writes they left. A second call adds its
-    databases; raises ``ConfigError`` once the app has served its first request. ``lifespan=False`` and
-    ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
+    start each database must answer within *wait* seconds (0: at once). With ``commit_mode="manual"`` (else
+    ``"auto"``) handlers commit for themselves, and *unsaved* (``"warn"``, ``"raise"`` or ``"ignore"``) says what
+    becomes of writes they left. A second call adds its databases. Raises ``ConfigError`` once the app has served
+    its first request. ``lifespan=False`` and ``exception_handlers=False`` leave these parts to you:
+    ``db.lifespan``, ``add_exception_handlers``.
     """
     if app.middleware_stack is not None:
         raise ConfigError(
@@ -59,11 +60,16 @@ def install(
     known: list[Database[Any]] = middleware.kwargs["databases"] if middleware else []  # type: ignore[assignment]  # our own list, below
     _judge_databases(databases, known)
     # Made once already now, to judge the words before anything of the app is changed.
-    UnitMiddleware(app, databases, commit_mode=commit_mode, unsaved=unsaved)
+    UnitMiddleware(app, databases, commit_mode=commit_mode or "auto", unsaved=unsaved or "warn")
     if middleware is None:
         # The last of the list is innermost; what add_middleware() adds later stays outside.
         app.user_middleware.append(
-            Middleware(UnitMiddleware, databases=list(databases), commit_mode=commit_mode, unsaved=unsaved)
+            Middleware(
+                UnitMiddleware,
+                databases=list(databases),
+                commit_mode=commit_mode or "auto",
+                unsaved=unsaved or "warn",
+            )
         )
     else:
         _judge_second_words(middleware, commit_mode, unsaved)
@@ -155,9 +161,11 @@ def _installed_middleware(app: Starlette) -> Middleware | None:
     return next((entry for entry in app.user_middleware if entry.cls is ours), None)
 
 
-def _judge_second_words(middleware: Middleware, commit_mode: CommitMode, unsaved: Unsaved) -> None:
+def _judge_second_words(
+    middleware: Middleware, commit_mode: CommitMode | None, unsaved: Unsaved | None
+) -> None:
     for name, word in {"commit_mode": commit_mode, "unsaved": unsaved}.items():
-        if word != middleware.kwargs[name]:
+        if word is not None and word != middleware.kwargs[name]:
             raise ConfigError(
                 f"install: {name}={word!r}, but this app was installed with {name}={middleware.kwargs[name]!r}",
                 remedies=[

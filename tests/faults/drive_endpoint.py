@@ -125,7 +125,7 @@ class Wire(asyncio.Transport):
 
 
 def served(app: FastAPI, by: str) -> Calls:
-    """Let uvicorn serve *app*, as it does by default but without a log of requests, which costs more than stanch."""
+    """Let uvicorn serve *app*, as it does by default but without a log of requests, which would dilute."""
     config = Config(app, http=PROTOCOLS[by], lifespan="off", log_config=None, access_log=False)
     config.load()
     state = ServerState()
@@ -134,10 +134,11 @@ def served(app: FastAPI, by: str) -> Calls:
     protocol = getattr(importlib.import_module(module), name)
 
     async def calls(number: int) -> None:
+        before = state.total_requests
         wire = Wire(protocol(config=config, server_state=state, app_state={}))
         for _ in range(number):
             await wire.request()
-        assert state.total_requests > 0
+        assert state.total_requests - before == number
 
     return calls
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.faults.drive_endpoint import FEW, KINDS, MANY
+from tests.faults.drive_endpoint import ASGI, FEW, KINDS, MANY, PROTOCOLS, SERVERS
 from tests.faults.served import ROOT, serving
 from tests.faults.subject import Subject
 from tests.support.judge import until
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
 VALGRIND_TIMEOUT: Final = 900
+"""For one program; it takes a quarter of a minute on a machine that does nothing else."""
 
 
 CALLS = 5
@@ -79,13 +80,20 @@ async def test_a_session_that_is_not_used_opens_no_connection(
         assert await judged.activity() == []
 
 
+ENVIRONMENT: Final = {
+    **{name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ},
+    "PYTHONHASHSEED": "0",
+}
+"""Nothing else: where Python's objects lie in memory, and so how its caches collide, depends on every variable."""
+
+
 async def _valgrind(*arguments: str) -> str:
     """What valgrind says when it runs Python with the last of *arguments*; the same hashes every time."""
     process = await asyncio.create_subprocess_exec(
         path_of("valgrind"),
         *arguments,
         cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
+        env=ENVIRONMENT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -98,31 +106,49 @@ async def _valgrind(*arguments: str) -> str:
     return said.decode()
 
 
-def _dumped(folder: Path) -> dict[tuple[str, int], int]:
-    """Instructions, by the kind of app and the number of calls."""
-    totals: dict[tuple[str, int], int] = {}
+async def _instructions_per_call(kind: str, way: str, folder: Path) -> float:
+    folder = folder / f"{kind}-{way}"
+    folder.mkdir()
+    file = f"--callgrind-out-file={folder}/calls"
+    drive = (sys.executable, "-m", "tests.faults.drive_endpoint", kind, way)
+    await _valgrind("--tool=callgrind", "--instr-atstart=no", file, *drive)
+    totals: dict[int, int] = {}
     for dump in folder.glob("calls.*"):
         text = dump.read_text()
-        if named := re.search(r"Trigger: dump (\w+)-(\d+)", text):
+        if named := re.search(rf"Trigger: dump {kind}-{way}-(\d+)", text):
             counted = re.search(r"^totals: (\d+)", text, re.MULTILINE)
             assert counted
-            totals[named[1], int(named[2])] = int(counted[1])
-    return totals
+            totals[int(named[1])] = int(counted[1])
+    return (totals[MANY] - totals[FEW]) / (MANY - FEW)
+
+
+async def _more_with_stanch(way: str, folder: Path) -> float:
+    async with asyncio.TaskGroup() as both:
+        runs = [both.create_task(_instructions_per_call(kind, way, folder)) for kind in KINDS]
+    bare, installed = (run.result() for run in runs)
+    more = installed / bare - 1
+    print(f"instructions per call by {way}: {bare:.0f} bare, {installed:.0f} installed, {more:+.2%}")
+    return more
 
 
 @needs("valgrind")
 @pytest.mark.long
-@pytest.mark.timeout(VALGRIND_TIMEOUT + 60)
+@pytest.mark.timeout((1 + len(SERVERS)) * VALGRIND_TIMEOUT + 60)
 async def test_an_endpoint_without_a_session_costs_at_most_two_percent_more(tmp_path: Path) -> None:
-    """Raw ASGI calls, without a server, so that nothing dilutes what stanch adds."""
-    file = f"--callgrind-out-file={tmp_path}/calls"
-    drive = ("-m", "tests.faults.drive_endpoint")
-    await _valgrind("--tool=callgrind", "--instr-atstart=no", file, sys.executable, *drive)
-    totals = _dumped(tmp_path)
-    bare, installed = ((totals[kind, MANY] - totals[kind, FEW]) / (MANY - FEW) for kind in KINDS)
-    more = installed / bare - 1
-    print(f"instructions per call: {bare:.0f} bare, {installed:.0f} installed, {more:+.2%}")
-    assert more <= 0.02
+    """By each HTTP protocol of uvicorn that is installed; and raw, by ASGI calls without a server.
+
+    The promise is about an endpoint that is served. A server does more than dilute: it holds the scope, so
+    that whatever makes a circle with it is left to the garbage collector, which raw calls do not show. These
+    in turn are the strictest view of our own part, and guard it: a coroutine that does nothing but await the
+    next app is already 1.2 % of such a call, hence 3 % there. The log of requests is off, sockets are left
+    out: both would flatter us.
+    """
+    more = {way: await _more_with_stanch(way, tmp_path) for way in (ASGI, *SERVERS)}
+    left_out = sorted(PROTOCOLS.keys() - set(SERVERS))
+    print(f"not installed, hence not counted: {', '.join(left_out) or 'none'}")
+    told = {way: f"{share:+.2%}" for way, share in more.items()}
+    assert all(more[server] <= 0.02 for server in SERVERS), told
+    assert more[ASGI] <= 0.03, told
 
 
 @needs("valgrind")

@@ -181,6 +181,33 @@ async def test_a_second_install_adds_its_databases(bare_shop: Shop) -> None:
     assert repr(other) == "<Database 'other', closed>"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (
+            {},
+            {"commit_mode": "manual"},
+            "commit_mode='manual', but this app was installed with commit_mode='auto'",
+        ),
+        ({"unsaved": "raise"}, {"unsaved": "ignore"}, "unsaved='ignore', but .* with unsaved='raise'"),
+    ],
+)
+async def test_a_second_install_with_other_words_is_refused_and_changes_nothing(
+    bare_shop: Shop, first: dict[str, Any], second: dict[str, Any], said: str
+) -> None:
+    """They would silently hold for nobody: the middleware is there already."""
+    install(bare_shop.app, bare_shop.db, **first)
+    add_endpoints(bare_shop.app)
+    other = bare_shop.database(name="other")
+    with pytest.raises(ConfigError, match=said) as refused:
+        install(bare_shop.app, other, **second)
+    assert refused.value.remedies
+    async with serve(bare_shop.app) as url, httpx.AsyncClient(base_url=url) as client:
+        assert repr(other) == "<Database 'other', not opened yet>"
+        assert (await client.post("/orders/1")).status_code == 201
+    assert await bare_shop.orders() == [1]
+
+
 async def test_installing_the_same_database_twice_is_as_once(bare_shop: Shop) -> None:
     install(bare_shop.app, bare_shop.db)
     install(bare_shop.app, bare_shop.db)

@@ -257,6 +257,35 @@ async def test_a_backend_that_is_killed_before_commit_stores_nothing_and_says_so
     assert await each_shop.orders() == []
 
 
+async def test_a_path_value_of_a_mounted_app_is_in_no_log_line(
+    bare_shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tenant's token may stand in the mount's own path, which the inner app has as its root path."""
+    inner = FastAPI()
+    install(inner, bare_shop.db)
+
+    @inner.post("/orders")
+    async def place(session: SessionDep) -> None:
+        await _violate(session)
+
+    @inner.post("/lost")
+    async def lose(session: SessionDep) -> None:
+        await write_order(session, 1)
+        await session.close()
+
+    bare_shop.app.mount("/tenants/{token}", inner)
+    with caplog.at_level(logging.INFO):
+        answers = [
+            (await bare_shop.post(f"/tenants/{CANARY}/{path}")).status_code for path in ("orders", "lost")
+        ]
+    assert answers == [409, 500]
+    lines = [record.getMessage() for record in caplog.records if record.name == "stanch"]
+    assert any("POST /orders" in line for line in lines), lines
+    assert any("POST /lost" in line for line in lines), lines
+    assert not [line for line in lines if CANARY in line]
+    assert not [event for event in bare_shop.told.events if CANARY in str(event)]
+
+
 # Not ours to answer -----------------------------------------------------------------------------------------
 
 

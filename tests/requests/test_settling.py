@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any
@@ -18,12 +19,15 @@ from stanch import rollback_only
 from stanch.errors import UnitConflict, UnsavedWrites, WriteRefused
 from stanch.fastapi import DatabaseDep, ReaderDep, SessionDep, install, provide_session, unit
 from tests.requests.shop import Order, Shop, call, doom, write_order
+from tests.support.judge import assert_nothing_left
 
 pytestmark = pytest.mark.anyio
 
 ManualDep = Annotated[AsyncSession, Depends(provide_session(commit_mode="manual"))]
 SerializableDep = Annotated[AsyncSession, Depends(provide_session(isolation_level="SERIALIZABLE"))]
 ReadOnlyDep = Annotated[AsyncSession, Depends(provide_session(read_only=True))]
+OneDep = Annotated[AsyncSession, Depends(provide_session("one"))]
+TwoDep = Annotated[AsyncSession, Depends(provide_session("two"))]
 
 
 async def count_users(session: ReaderDep) -> int:
@@ -222,6 +226,81 @@ async def test_a_rolled_back_unit_keeps_what_was_loaded_readable(shop: Shop) -> 
     await shop.judge.execute("INSERT INTO orders VALUES (1, 'tea')")
     assert (await shop.get("/orders/1")).status_code == 200
     assert loaded[0].item == "tea"
+
+
+# What the handler closed itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["with", "close"])
+async def test_a_session_closed_by_the_handler_with_uncommitted_writes_is_not_answered_201(
+    each_shop: Shop, how: str
+) -> None:
+    @each_shop.app.post("/orders", status_code=201)
+    async def place(session: SessionDep) -> dict[str, bool]:
+        if how == "with":
+            async with session:
+                await write_order(session, 1)
+        else:
+            await write_order(session, 1)
+            await session.close()
+        return {"ok": True}
+
+    reply = await call(each_shop.app, "/orders")
+    assert reply.starts == [500]
+    assert isinstance(reply.error, UnsavedWrites)
+    assert "(Order)" in reply.error.what
+    assert await each_shop.orders() == []
+
+
+async def test_a_session_closed_by_the_handler_after_its_commit_is_answered_201(each_shop: Shop) -> None:
+    @each_shop.app.post("/orders", status_code=201)
+    async def place(session: SessionDep) -> dict[str, bool]:
+        async with session:
+            await write_order(session, 1)
+            await session.commit()
+        return {"ok": True}
+
+    reply = await call(each_shop.app, "/orders")
+    assert (reply.starts, reply.error) == ([201], None)
+    assert await each_shop.orders() == [1]
+
+
+# Two databases --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
+async def test_settling_behind_a_lock_ends_within_the_commit_timeout_also_with_two_databases(
+    bare_shop: Shop, several: bool
+) -> None:
+    """The flush waits for somebody else's uncommitted row; no timeout of the server's ends that."""
+    patience: dict[str, Any] = {
+        "commit_timeout": 0.5, "close_timeout": 0.5, "statement_timeout": None, "lock_timeout": None,
+    }  # fmt: skip
+    one, two = (bare_shop.database(name=name, **patience) for name in ("one", "two"))
+    install(bare_shop.app, *([one, two] if several else [two]))
+
+    @bare_shop.app.post("/orders", status_code=201)
+    async def place(first: OneDep, second: TwoDep) -> dict[str, bool]:
+        first.add(Order(id=7, item="tea"))
+        second.add(Order(id=1, item="tea"))
+        return {"ok": True}
+
+    @bare_shop.app.post("/order", status_code=201)
+    async def place_one(session: TwoDep) -> dict[str, bool]:
+        session.add(Order(id=1, item="tea"))
+        return {"ok": True}
+
+    async with one, two:
+        async with bare_shop.db.connect() as blocker:
+            await blocker.execute(text("INSERT INTO orders VALUES (1, 'coffee')"))
+            begun = time.monotonic()
+            reply = await call(bare_shop.app, "/orders" if several else "/order")
+            assert 0.4 < time.monotonic() - begun < 4
+            await blocker.rollback()
+        assert reply.starts == [503]
+        await assert_nothing_left(bare_shop.judge, one)
+        await assert_nothing_left(bare_shop.judge, two)
+    assert await bare_shop.orders() == []
 
 
 # A commit that fails --------------------------------------------------------------------------------------

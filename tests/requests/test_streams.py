@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import pytest
-from fastapi import BackgroundTasks, Depends, HTTPException
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import FileResponse, StreamingResponse
 from sqlalchemy import text
 
-from stanch.fastapi import ReaderDep, SessionDep
+from stanch.fastapi import ReaderDep, SessionDep, install
 from tests.requests.shop import (
     Order,
     Shop,
@@ -219,6 +219,47 @@ async def test_a_cursor_opened_in_the_handler_breaks_in_the_body_and_the_reply_w
     reply = await call(each_shop.app, "/orders", method="GET")
     assert (reply.starts, reply.is_complete) == ([200], False)
     assert reply.error is not None
+
+
+@pytest.mark.parametrize("rows", [1, 5000])
+async def test_a_cursor_opened_in_the_handler_disturbs_no_other_unit_from_the_body(
+    each_shop: Shop, rows: int
+) -> None:
+    """Its connection has gone to the next: it would read, and break, somebody else's transaction."""
+    small = each_shop.database(name="small", pool_size=1)
+    app = FastAPI()
+    install(app, small)
+    await each_shop.judge.execute(f"INSERT INTO audit (what) SELECT 'public' FROM generate_series(1, {rows})")
+    started, go_on = asyncio.Event(), asyncio.Event()
+    reading = text("SELECT what FROM audit ORDER BY id")
+
+    @app.get("/audit")
+    async def export(session: ReaderDep) -> StreamingResponse:
+        result = await session.stream(reading)
+
+        async def body() -> AsyncIterator[str]:
+            started.set()
+            await go_on.wait()
+            async for row in result:
+                yield f"{row[0]}\n"
+
+        return StreamingResponse(body())
+
+    async with small:
+        asking = asyncio.create_task(call(app, "/audit", method="GET"))
+        await started.wait()
+        async with small.transaction() as other:
+            await other.execute(text("INSERT INTO audit (what) VALUES ('not yet committed')"))
+            go_on.set()
+            reply = await asking
+            mine = (await other.execute(text("SELECT count(*) FROM audit"))).scalar_one()
+        assert mine == rows + 1
+        assert b"not yet" not in reply.body
+        assert reply.starts == [200]
+        assert not reply.is_complete
+        assert reply.error is not None
+        assert len(await each_shop.audit()) == rows + 1, "the other unit was committed"
+        assert small.stats().in_use == 0
 
 
 async def test_a_cursor_opened_in_the_body_is_read_to_its_end(each_shop: Shop) -> None:
