@@ -121,7 +121,8 @@ def attend(connection: HTTPConnection) -> Unit:
 
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
-    template = getattr(scope.get("route"), "path", "?")
+    route, endpoint = scope.get("route"), scope.get("endpoint")  # older Starlettes name no route
+    template = getattr(route, "path", None) or getattr(endpoint, "__name__", "?")
     return f"{scope.get('method', 'WEBSOCKET')} {template}"
 
 
