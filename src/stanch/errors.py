@@ -43,9 +43,7 @@ class StanchError(exc.SQLAlchemyError):
 
 
 def _rebuild(kind: type[StanchError], what: str, remedies: tuple[str, ...]) -> StanchError:
-    error = kind.__new__(kind)
-    StanchError.__init__(error, what, remedies=remedies)
-    return error
+    return kind(what, remedies=remedies)
 
 
 class _Operational(StanchError, exc.OperationalError):
@@ -56,10 +54,10 @@ class _Operational(StanchError, exc.OperationalError):
     ismulti = None
     hide_parameters = True
     connection_invalidated = True
-    detail: list[str] = []  # noqa: RUF012  # SQLAlchemy's own attribute, filled by add_detail(); never shown here
 
     def __init__(self, what: str, *, remedies: Sequence[str] = ()) -> None:
         StanchError.__init__(self, what, remedies=remedies)
+        self.detail: list[str] = []  # SQLAlchemy's own, filled by add_detail(); never shown here
 
     @property
     def orig(self) -> BaseException | None:  # type: ignore[override]  # here it is the cause, not an argument
