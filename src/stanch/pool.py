@@ -285,9 +285,8 @@ class Pool(SQLAlchemyPool):
         if os.getpid() == self._pid:
             return
         self._pid = os.getpid()
-        self._lock = (
-            threading.RLock()
-        )  # another thread of the parent's may have held it; here it never lets go
+        # Another thread of the parent's may have held the lock; here it would never let go.
+        self._lock = threading.RLock()
         self._of_the_parent += self._ledgers.values()
         self._ledgers, self._latest = {}, (None, None)
 

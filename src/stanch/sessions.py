@@ -212,9 +212,8 @@ class GuardedSession(Session):
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
         if self.guard.ended_at is not None:
             self._refuse_after_end()
-        with (
-            self._inside()
-        ):  # before SQLAlchemy marks the session as flushing; _flush() would be too late to wait
+        # Before SQLAlchemy marks the session as flushing: _flush() would be too late to wait.
+        with self._inside():
             super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:

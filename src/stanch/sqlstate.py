@@ -88,9 +88,8 @@ def classify(error: BaseException) -> Failure | None:
             return Failure(Kind.TIMEOUT, disconnect=True)
         case exc.DBAPIError():
             return _of_driver(error, error.orig, lost=bool(error.connection_invalidated))
-        case _ if (
-            sqlstate_of(error) is not None
-        ):  # a driver's own error: not every path of SQLAlchemy wraps them
+        case _ if sqlstate_of(error) is not None:
+            # A driver's own error: not every path of SQLAlchemy wraps them.
             return _of_driver(error, error, lost=False)
         case _:
             return None

@@ -84,12 +84,10 @@ class Ending:
         if guarded_session(self.session).has_pending():
             with self._severed_after(self._commit_timeout):
                 await self.session.flush()
-            await (
-                self.everyone_out()
-            )  # a stream's next statement may have come in while the flush was under way
-        with self._severed_after(
-            self._commit_timeout
-        ):  # COMMIT bounds itself; a before_commit listener does not
+            # A stream's next statement may have come in while the flush was under way.
+            await self.everyone_out()
+        # COMMIT bounds itself; a before_commit listener of the user's does not.
+        with self._severed_after(self._commit_timeout):
             await self.session.commit()
 
     async def prepare(self) -> None:

@@ -203,9 +203,8 @@ class Opener:
         )
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
-        parameters["timeout"] = (
-            self.lock_timeout
-        )  # the busy timeout; also while WAL mode is being switched on
+        # The busy timeout; it holds also while WAL mode is being switched on.
+        parameters["timeout"] = self.lock_timeout
         made: Any = (
             self.theirs(*args, **parameters) if self.theirs else aiosqlite.connect(*args, **parameters)
         )
@@ -325,9 +324,8 @@ def _begin(proxied: PoolProxiedConnection | DBAPIConnection, *, writes: bool) ->
     refuses_writes = info.pop(READ_ONLY_KEY, False)
     adapted: Any = getattr(proxied, "dbapi_connection", proxied)
     connection: Any = adapted.driver_connection
-    if not DRIVER.looks_dead(
-        connection
-    ):  # a dead one is asked all the same: BEGIN raises what SQLAlchemy knows
+    # A dead one is asked all the same: BEGIN raises what SQLAlchemy knows.
+    if not DRIVER.looks_dead(connection):
         if connection.in_transaction:  # a listener of the user's has begun
             connection.begun = True
             return

@@ -190,9 +190,8 @@ def _tls(wishes: Wishes) -> dict[str, Any]:
     """In asyncpg's words: it takes ``sslmode`` as ``ssl``, and the files only in a DSN."""
     files = dict(wishes.tls)
     mode = files.pop("sslmode", None)
-    if (
-        files.get("sslrootcert") == "system"
-    ):  # libpq's word for the authorities the system trusts; it verifies all
+    # libpq's word for the authorities the system trusts; it verifies all.
+    if files.get("sslrootcert") == "system":
         return {"ssl": True}
     given = {"ssl": mode} if mode is not None else {}
     return {**given, "dsn": "postgresql://?" + urlencode(files)} if files else given
