@@ -488,9 +488,9 @@ def test_it_dies_with_its_parent_also_when_that_is_killed(tmp_path: Path, frozen
         str(frozen),
     )
     with killed:
-        family = numbers(killed)
+        # The backend that served the statement may have ended since it was counted.
+        family = [pid for pid in numbers(killed) if lives(pid)]
         assert len(family) > 3
-        assert all(lives(pid) for pid in family)
         killed.kill()
     eventually(lambda: not [pid for pid in family if lives(pid)], "the server is gone")
     with EmbeddedPostgres(data_dir=tmp_path / "data") as postgres:
