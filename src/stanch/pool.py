@@ -28,13 +28,12 @@ from stanch.events import ConnectionSevered, Observers, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from stanch.drivers import Driver
-    from stanch.ledger import Checkout
     from stanch.settings import Settings
     from stanch.watch import Watch
 
@@ -171,10 +170,8 @@ class Pool(SQLAlchemyPool):
         for loop, slot in idle:
             if loop is current_loop():
                 slot.close()
-            elif loop.is_running():  # on a thread of its own; only there its sockets may be touched
-                loop.call_soon_threadsafe(self._drop, slot)
             else:
-                self._drop(slot)
+                _where_it_lives(loop, self._drop, slot)
         self._disposed = True
 
     def recreate(self) -> Self:
@@ -209,12 +206,6 @@ class Pool(SQLAlchemyPool):
         with self._lock:
             return sum((ledger.stats() for ledger in self._living()), start=empty)
 
-    def held(self) -> Iterator[tuple[Checkout, Slot]]:
-        """What is out now, longest held first on each loop."""
-        with self._lock:
-            held = [(checkout, slot) for ledger in self._living() for slot, checkout in ledger.held()]
-        return iter(held)
-
     def sever_held(self) -> None:
         """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""
         now = time.monotonic()
@@ -222,10 +213,7 @@ class Pool(SQLAlchemyPool):
             self._forget_closed_loops()
             held = [(loop, *entry) for loop, ledger in self._ledgers.items() for entry in ledger.held()]
         for loop, slot, checkout in held:
-            if loop is current_loop() or not loop.is_running():
-                self._sever(slot)
-            else:  # on a thread of its own; only there its sockets may be touched
-                loop.call_soon_threadsafe(self._sever, slot)
+            _where_it_lives(loop, self._sever, slot)
             self._observers.tell(
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
@@ -385,6 +373,14 @@ def _everybody() -> None:
 
 def _bound(stats: Stats) -> int:
     return stats.pool_size + stats.max_overflow
+
+
+def _where_it_lives(loop: asyncio.AbstractEventLoop, cut: Callable[[Slot], None], slot: Slot) -> None:
+    """Cut a connection off on the thread of its loop: only there may the sockets of a running loop be touched."""
+    if loop is current_loop() or not loop.is_running():
+        cut(slot)
+    else:
+        loop.call_soon_threadsafe(cut, slot)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, turn: asyncio.Future[None]) -> None:
