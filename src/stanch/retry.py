@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Which attempt at the same work this is; *maybe_committed*: the outcome of an earlier one is not known."""
+
+    number: int = 1
+    maybe_committed: bool = False
 
 
 def backoff(

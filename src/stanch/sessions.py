@@ -28,12 +28,15 @@ from sqlalchemy.util.concurrency import in_greenlet
 from stanch.callers import current_task, whereabouts
 from stanch.completion import is_ours
 from stanch.errors import ConnectionCommitRefused, NotInstalled, SessionClosed, SessionOverlap
+from stanch.retry import Attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncSession
+
+    from stanch.deadlines import Deadline
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
@@ -50,9 +53,11 @@ class Guard:
         "_depth",
         "_left",
         "_on_end",
+        "attempt",
         "barred",
         "connection_options",
         "database",
+        "deadline",
         "dropped",
         "ended_at",
         "holder",
@@ -73,6 +78,10 @@ class Guard:
         self.database = database
         self._on_end = on_end
         self.connection_options: Mapping[str, Any] = {}
+        self.deadline: Deadline | None = None
+        """When the unit of work must be over."""
+        self.attempt = Attempt()
+        """Which of several attempts at the same work this is."""
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.wrote: list[str] = []
