@@ -1,6 +1,7 @@
 """stanch: the database session layer for FastAPI and SQLAlchemy. Two lifetimes: the app's, the unit of work's."""
 
-from stanch.database import Database, rollback_only
+from stanch.atomic import after_rollback, atomic, on_commit, release, rollback_only
+from stanch.database import Database
 from stanch.errors import (
     AsyncSessionInSyncEndpoint,
     CommitRefused,
@@ -14,9 +15,11 @@ from stanch.errors import (
     NotInstalled,
     PartialCommit,
     PoolExhausted,
+    SavepointGone,
     SessionClosed,
     SessionOverlap,
     StanchError,
+    TransactionAborted,
     UnitConflict,
     UnsavedWrites,
     WriteRefused,
@@ -40,13 +43,19 @@ __all__ = [
     "NotInstalled",
     "PartialCommit",
     "PoolExhausted",
+    "SavepointGone",
     "SessionClosed",
     "SessionOverlap",
     "StanchError",
     "Stats",
+    "TransactionAborted",
     "UnitConflict",
     "UnsavedWrites",
     "WriteRefused",
+    "after_rollback",
+    "atomic",
     "classify",
+    "on_commit",
+    "release",
     "rollback_only",
 ]

@@ -15,9 +15,10 @@ from stanch.completion import run_to_completion
 from stanch.engines import beside_engine, from_engine, from_url
 from stanch.errors import ConfigError
 from stanch.events import Event, Observer, Observers, WorkDropped
+from stanch.hooks import Runner
 from stanch.lifetime import Lifetime
 from stanch.readiness import until_it_answers
-from stanch.sessions import Guard, guard_of, guarded
+from stanch.sessions import Guard, Owner, Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 
@@ -128,7 +129,7 @@ class Database(Generic[S]):
         return async_sessionmaker(
             self.engine,
             class_=self._session_class,
-            sync_session_class=guarded(self._session_class),
+            sync_session_class=guarded(self._session_class, self._terms),
             autoflush=self.settings.autoflush,
             expire_on_commit=self.settings.expire_on_commit,
             close_resets_only=False,
@@ -216,9 +217,29 @@ class Database(Generic[S]):
         After the block the session is closed for good: using it raises ``SessionClosed``.
         """
         session = self.new_session(str(place_of_caller()))
-        ending = self.ending(session)
+        ending = Ending(session)
         try:
             yield session
+        except BaseException:
+            await finish(ending, commit=False)
+            raise
+        await run_to_completion(ending.close())
+
+    @asynccontextmanager
+    async def reader(self) -> AsyncGenerator[S]:
+        """A session for reading, which holds a connection only while a statement runs: no BEGIN, one round trip each.
+
+        Each statement sees what was committed when it began; two of them may see different states. For one state of
+        all: ``db.transaction(read_only=True, isolation_level="REPEATABLE READ")``. Raises ``WriteRefused`` for what
+        could write (a flush, DML, locking, functions of known names), and at the end of the block if objects were
+        changed. Not seen is what a function of yours writes inside.
+        """
+        session = self.new_session(str(place_of_caller()))
+        guarded_session(session).start_reading()
+        ending = Ending(session)
+        try:
+            yield session
+            refuse_changes(session)
         except BaseException:
             await finish(ending, commit=False)
             raise
@@ -236,8 +257,10 @@ class Database(Generic[S]):
         round trip.
         """
         options = connection_options(self.driver, isolation_level=isolation_level, read_only=read_only)
-        session = self.new_session(str(place_of_caller()), options)
-        ending = self.ending(session)
+        holder = str(place_of_caller())
+        session = self.new_session(holder, options)
+        guard_of(session).owners.append(Owner(f"db.transaction() at {holder}"))
+        ending = Ending(session)
         try:
             yield session
         except BaseException:
@@ -246,24 +269,20 @@ class Database(Generic[S]):
         await finish(ending, commit=not guard_of(session).rollback_only)
 
     def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
-        """A session on the books of this ``Database``, for stanch's own shells; its ``ending`` must close it."""
+        """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
         guard = Guard(holder, database=self.name, on_end=self._session_ended)
         guard.connection_options = options or {}
         session = self.session_factory(guard=guard)
         self._lifetime.enter()
         return session
 
-    def ending(self, session: AsyncSession) -> Ending:
-        """What ends *session*, bounded by ``commit_timeout`` and ``close_timeout``; for stanch's own shells."""
-        return Ending(
-            session,
-            driver=self.driver,
-            observers=self._observers,
-            timeout=self.settings.close_timeout,
-            commit_timeout=self.settings.commit_timeout,
-        )
-
     # Private --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _terms(self) -> Terms:
+        settings = self.settings
+        runner = Runner(database=self.name, observers=self._observers, timeout=settings.hook_timeout)
+        return Terms(self.name, self.driver, settings, self._observers, runner)
 
     @cached_property
     def _equipped(self) -> Equipped:
@@ -293,15 +312,6 @@ class Database(Generic[S]):
         """Wait for sessions of the factory and users of the engine, which are on the pool's books alone."""
         while "_equipped" in self.__dict__ and self.stats().in_use:  # noqa: ASYNC110  # it may be another loop's
             await asyncio.sleep(_BETWEEN_LOOKS)
-
-
-def rollback_only(session: AsyncSession) -> None:
-    """Mark the unit of work of *session*: it will roll back at its end, without an error.
-
-    In a request the reply leaves as the handler made it, also a 200; nothing is stored of what was not committed
-    by hand before.
-    """
-    guard_of(session).rollback_only = True
 
 
 def _judge_session_class(session_class: type[Any]) -> type[Any]:

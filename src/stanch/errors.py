@@ -113,6 +113,15 @@ class CommitRefused(StanchError, exc.PendingRollbackError):
     error_code = "commit-refused"
 
 
+class TransactionAborted(StanchError, exc.PendingRollbackError):
+    """A statement was refused because an earlier database error, caught and not raised again, aborted the transaction.
+
+    The text names that error and the line where it happened. Nothing of the transaction can be stored any more.
+    """
+
+    error_code = "transaction-aborted"
+
+
 class CommitUnknown(_Operational):
     """The connection was lost while COMMIT was on its way: the work is stored or it is not; nobody here knows.
 
@@ -152,6 +161,12 @@ class ConnectionCommitRefused(StanchError, exc.InvalidRequestError):
     """``commit()`` or ``rollback()`` was called on a session's connection, behind the session's back."""
 
     error_code = "connection-commit"
+
+
+class SavepointGone(StanchError, exc.InvalidRequestError):
+    """An ``atomic`` block came to its end without its savepoint: it had been ended inside, or by a caught error."""
+
+    error_code = "savepoint-gone"
 
 
 class WriteRefused(StanchError, exc.InvalidRequestError):

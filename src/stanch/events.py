@@ -71,6 +71,23 @@ class TeardownFailed(Event):
         return f"ending the session of {self.holder} failed: {type(self.error).__name__}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookFailed(Event):
+    """A callback of ``on_commit`` or ``after_rollback`` raised, or took too long; the reply stays as it was."""
+
+    level: ClassVar[int] = logging.ERROR
+    holder: str
+    hook: str
+    place: str
+    error: BaseException
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hook}, which {self.holder} gave to run after its transaction (at {self.place}),"
+            f" failed: {type(self.error).__name__}"
+        )
+
+
 Observer = Callable[[Event], None]
 
 

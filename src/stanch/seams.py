@@ -48,6 +48,10 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
 
     def do_rollback(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
+        if driver.is_idle(inner):
+            # Nothing to roll back, nothing to wait for: a reader pays for no watch.
+            rollback(connection)  # type: ignore[arg-type]  # given by position
+            return
         try:
             watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
         except Exception:

@@ -16,19 +16,34 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Never, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Never, cast
 
 from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionOrigin
 from sqlalchemy.sql.elements import TextClause
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from stanch.callers import current_task, whereabouts
-from stanch.completion import is_ours
-from stanch.errors import ConnectionCommitRefused, NotInstalled, SessionClosed, SessionOverlap
+from stanch.callers import current_task, place_of_caller, whereabouts
+from stanch.completion import is_ours, run_to_completion
+from stanch.errors import (
+    CommitRefused,
+    CommitUnknown,
+    ConnectionCommitRefused,
+    NotInstalled,
+    SessionClosed,
+    SessionOverlap,
+    StanchError,
+    TransactionAborted,
+    WriteRefused,
+)
+from stanch.hooks import Frame, Hooks, Outcome
 from stanch.retry import Attempt
+from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -37,6 +52,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.deadlines import Deadline
+    from stanch.drivers import Driver
+    from stanch.events import Observers
+    from stanch.hooks import Runner
+    from stanch.settings import Settings
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
@@ -44,6 +63,27 @@ _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 _COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What every session of one ``Database`` is subject to."""
+
+    database: str
+    driver: Driver
+    settings: Settings
+    observers: Observers
+    hooks: Runner
+
+
+class Owner(NamedTuple):
+    """Who has promised to end a transaction; *is_block*: with a block of the user's that is still open."""
+
+    what: str
+    is_block: bool = False
+
+    def __str__(self) -> str:
+        return self.what
 
 
 class Guard:
@@ -58,10 +98,14 @@ class Guard:
         "connection_options",
         "database",
         "deadline",
+        "doubtful",
         "dropped",
         "ended_at",
         "holder",
+        "hooks",
         "inside",
+        "owners",
+        "reading",
         "rollback_only",
         "streams",
         "wrote",
@@ -84,7 +128,14 @@ class Guard:
         """Which of several attempts at the same work this is."""
         self.ended_at: datetime | None = None
         self.rollback_only = False
+        self.hooks = Hooks[SessionTransaction]()
+        self.owners: list[Owner] = []
+        """Who has promised to commit, the innermost last; nobody has for a transaction merely begun by a read."""
+        self.reading = False
+        """Whether each statement stands alone, in no transaction, and must only read."""
         self.wrote: list[str] = []
+        self.doubtful: list[str] = []
+        """Statements of which only the server knows whether they wrote."""
         self.dropped: tuple[str, ...] = ()
         """What a close() has dropped uncommitted."""
         self.streams: list[Any] = []
@@ -130,6 +181,11 @@ class Guard:
             await self._left.wait()
         self.barred = False
 
+    @property
+    def outermost(self) -> bool:
+        """Whether the running task, which is inside, came in only once."""
+        return self._depth == 1
+
     @contextmanager
     def visit(self) -> Generator[None]:
         """The running task is inside meanwhile."""
@@ -156,6 +212,7 @@ class Guard:
 class GuardedSession(Session):
     """The mixin. ``guard`` is set by whoever makes the session; see ``guarded``."""
 
+    terms: ClassVar[Terms]
     guard: Guard
 
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
@@ -164,10 +221,11 @@ class GuardedSession(Session):
         super().__init__(*arguments, **keywords)
 
     def unsaved(self) -> tuple[str, ...]:
-        """Names of what was written, or waits to be written, and is not committed."""
+        """Names of what was written, waits to be written or waits for the commit, and is not committed."""
         pending = {type(instance).__name__ for instance in (*self.new, *self.deleted)}
         changed = {type(instance).__name__ for instance in self.dirty if self.is_modified(instance)}
-        return (*self.guard.wrote, *sorted((pending | changed) - set(self.guard.wrote)))
+        waiting = [f"on_commit({hook.name})" for hook in self.guard.hooks.waiting(Outcome.COMMITTED)]
+        return (*self.guard.wrote, *sorted((pending | changed) - set(self.guard.wrote)), *waiting)
 
     def has_pending(self) -> bool:
         """Whether a flush would have something to write."""
@@ -180,11 +238,21 @@ class GuardedSession(Session):
             self._refuse_after_end()
         return super()._autobegin_t(begin)
 
+    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
+        """As SQLAlchemy's; a reader, whose statements stand alone, has nothing to begin."""
+        if self.guard.reading:
+            self._refuse_to_read("begin()" if not nested else "begin_nested()")
+        if nested:
+            self._autobegin_t()  # or SQLAlchemy would call the root begun by hand, which somebody must commit
+        return super().begin(nested)
+
     def _execute_internal(self, statement: Any, *arguments: Any, **keywords: Any) -> Any:
         guard = self.guard
         guard.enter()
         try:
-            if getattr(statement, "is_dml", False):
+            if guard.reading:
+                self._judge_reading(statement, keywords.get("execution_options", _NO_OPTIONS))
+            elif getattr(statement, "is_dml", False):
                 guard.note_write(_table_of(statement))
             elif (
                 isinstance(statement, TextClause) and (word := _first_word(statement.text)) in _WRITING_WORDS
@@ -194,7 +262,12 @@ class GuardedSession(Session):
             if keywords.get("execution_options", _NO_OPTIONS).get("stream_results"):
                 guard.streams.append(result)
             return result
+        except SQLAlchemyError as error:
+            self._note_trouble(error)
+            raise
         finally:
+            if guard.reading and guard.outermost:
+                self._end_reading()
             guard.leave()
 
     def close_streams(self) -> None:
@@ -206,13 +279,21 @@ class GuardedSession(Session):
 
     def _flush(self, objects: Sequence[object] | None = None) -> None:
         with self._inside():
+            if self.guard.reading:
+                self._refuse_to_read("flush()")
             self._connect_with_options()
             for name in self._flushed_names():
                 self.guard.note_write(name)
-            super()._flush(objects)
+            try:
+                super()._flush(objects)
+            except SQLAlchemyError as error:
+                self._note_trouble(error)
+                raise
 
     def _bulk_save_mappings(self, mapper: Any, *arguments: Any, **keywords: Any) -> None:
         with self._inside():
+            if self.guard.reading:
+                self._refuse_to_read("a bulk write")
             self._connect_with_options()
             self.guard.note_write(getattr(mapper, "class_", mapper).__name__)
             super()._bulk_save_mappings(mapper, *arguments, **keywords)
@@ -232,23 +313,28 @@ class GuardedSession(Session):
         super().refresh(instance, *arguments, **keywords)
 
     def commit(self) -> None:
-        """As SQLAlchemy's, for one task at a time."""
-        with self._inside():
+        """As SQLAlchemy's, for one task at a time; then runs what ``on_commit`` was given."""
+        with self.ending():
             super().commit()
 
     def rollback(self) -> None:
-        """As SQLAlchemy's, for one task at a time."""
-        with self._inside():
+        """As SQLAlchemy's, for one task at a time; then runs what ``after_rollback`` was given."""
+        with self.ending():
             super().rollback()
 
     def close(self) -> None:
         """Close for good: any later use raises ``SessionClosed``."""
-        with self._inside():
-            dropped = self.unsaved()
-            try:
+        dropped: tuple[str, ...] = ()
+        try:
+            with self.ending():
+                dropped = self.unsaved()
                 super().close()
-            finally:
-                self.guard.end(dropped=dropped)
+        except SessionOverlap:
+            raise  # it was not closed
+        except BaseException:
+            self.guard.end(dropped=dropped)
+            raise
+        self.guard.end(dropped=dropped)
 
     def invalidate(self) -> None:
         """Close for good, and close the connection too instead of returning it."""
@@ -258,10 +344,25 @@ class GuardedSession(Session):
             finally:
                 self.guard.end(dropped=())
 
+    @contextmanager
+    def ending(self) -> Generator[None]:
+        """A transaction may end inside; what has waited for that runs once the running task is outside again."""
+        guard = self.guard
+        try:
+            with guard.visit():
+                yield
+        finally:
+            if guard.hooks and guard.inside is None and in_greenlet():
+                await_only(
+                    run_to_completion(self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder))
+                )
+
     # The connection ---------------------------------------------------------------------------------------
 
     def connection(self, *arguments: Any, **keywords: Any) -> Connection:
         """The session's connection. It refuses ``commit()`` and ``rollback()``: the session ends its transaction."""
+        if self.guard.reading:
+            self._refuse_to_read("connection()")
         connection = super().connection(*arguments, **keywords)
         if self._is_the_users(connection):
             return connection
@@ -309,6 +410,79 @@ class GuardedSession(Session):
             if not connection.closed and not connection.invalidated
         ]
 
+    # Reading ----------------------------------------------------------------------------------------------
+
+    def start_reading(self) -> None:
+        """From now on each statement stands alone: no BEGIN, and its connection goes back once it is read."""
+        self.guard.reading = True
+        # What was changed waits for the end of the unit, or for a writer; a read must not write it.
+        self.autoflush = False
+        self.guard.connection_options = self.terms.driver.reader_options
+
+    def stop_reading(self) -> None:
+        """From the next statement on this is a writer, with the objects it has read so far."""
+        self.guard.reading = False
+        self.autoflush = self.terms.settings.autoflush
+        self.guard.connection_options = {}
+
+    def _judge_reading(self, statement: Any, options: Mapping[str, Any]) -> None:
+        if options.get("stream_results") or options.get("yield_per"):
+            self._refuse_to_read("stream() or yield_per")
+        if getattr(statement, "is_dml", False):
+            self._refuse_to_read(type(statement).__name__)
+
+    def _end_reading(self) -> None:
+        """Give the connection back. What was read stays as it is, and what is pending stays pending."""
+        transaction = self.get_transaction()
+        if transaction is not None:
+            transaction.close()
+
+    def _refuse_to_read(self, what: str) -> Never:
+        raise WriteRefused(
+            f"{self.guard.holder} asked for a reader, which does not allow {what}",
+            remedies=[
+                "Ask for SessionDep, or use async with db.transaction(), where something is written.",
+                "For several reads of one moment: db.transaction(read_only=True, isolation_level='REPEATABLE READ').",
+            ],
+        )
+
+    # What went wrong, and who promised --------------------------------------------------------------------
+
+    def frame(self) -> Frame:
+        """What the innermost transaction or savepoint has gathered; begins one, in Python only, if there is none."""
+        return self.guard.hooks.frame(self.get_nested_transaction() or self._autobegin_t())
+
+    def owner(self) -> Owner | None:
+        """Who will end the present transaction; None where it was merely begun by a statement."""
+        if self.guard.owners:
+            return self.guard.owners[-1]
+        if self.in_nested_transaction():
+            return Owner("session.begin_nested()", is_block=True)
+        root = self.get_transaction()
+        begun = root is not None and root.origin is SessionTransactionOrigin.BEGIN
+        return Owner("session.begin()", is_block=True) if begun else None
+
+    def _note_trouble(self, error: SQLAlchemyError) -> None:
+        """Remember the first database error of a transaction; blame it for what fails because of it."""
+        transaction = self.get_nested_transaction() or self.get_transaction()
+        if transaction is None or isinstance(error, StanchError):
+            return
+        frame = self.guard.hooks.find(transaction)
+        consequence = isinstance(error, PendingRollbackError) or sqlstate_of(error) == IN_FAILED_TRANSACTION
+        if consequence:
+            if frame is not None and frame.trouble is not None:
+                raise TransactionAborted(
+                    f"the transaction of {self.guard.holder} was aborted by an earlier error: {frame.trouble}",
+                    remedies=[
+                        "Do not go on after a database error that was caught: let it end the unit of work.",
+                        "Put what may fail into a savepoint: async with atomic(session).",
+                    ],
+                ) from error
+        elif isinstance(error, DBAPIError) and (frame is None or frame.trouble is None):
+            state = sqlstate_of(error)
+            told = f"{type(error.orig).__name__}{f' ({state})' if state else ''}"
+            self.guard.hooks.frame(transaction).trouble = f"{told} at {place_of_caller()}"
+
     # Private ----------------------------------------------------------------------------------------------
 
     def _inside(self) -> AbstractContextManager[None]:
@@ -346,37 +520,58 @@ class GuardedTransaction(SessionTransaction):
     """A guarded session's transaction: ``session.begin()`` ends it directly, past ``Session.commit()``."""
 
     def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        """As SQLAlchemy's, for one task at a time."""
-        with self._visit():
-            super().commit(_to_root)
+        """As SQLAlchemy's, for one task at a time; says which error of before stands against it."""
+        with self._ending() as guard:
+            frame = guard.hooks.find(self)
+            if frame is None:
+                super().commit(_to_root)
+                return
+            if frame.doom is not None:
+                raise _refused(frame.doom)
+            try:
+                super().commit(_to_root)
+            except CommitUnknown:
+                frame.outcome = Outcome.UNKNOWN
+                raise
+            except PendingRollbackError as error:
+                if frame.trouble is None:
+                    raise
+                raise _refused(f"an earlier error had aborted the transaction: {frame.trouble}") from error
 
     def rollback(self, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's, for one task at a time."""
-        with self._visit():
+        with self._ending():
             super().rollback(*arguments, **keywords)
 
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
-        with self._visit():
+        with self._ending():
             super().close(invalidate)
 
     @contextmanager
-    def _visit(self) -> Generator[None]:
+    def _ending(self) -> Generator[Guard]:
         session = cast("GuardedSession", self.session)
-        with session.guard.visit():
+        with session.ending():
             if self.parent is None and session.guard.streams:
                 session.close_streams()
-            yield
+            yield session.guard
 
 
-def guarded(session_class: type[AsyncSession]) -> type[GuardedSession]:
+def _refused(why: str) -> CommitRefused:
+    return CommitRefused(
+        f"COMMIT stored nothing: {why}",
+        remedies=[
+            "Find the error that was caught and not raised again; work after it was lost as well.",
+            "Put work that may fail into a savepoint: async with atomic(session).",
+        ],
+    )
+
+
+def guarded(session_class: type[AsyncSession], terms: Terms) -> type[GuardedSession]:
     """The guarded form of the sync class that *session_class* drives; a user's own class keeps its methods."""
     base = session_class.sync_session_class
-    if issubclass(base, GuardedSession):
-        return base
-    if base is Session:
-        return GuardedSession
-    return type(f"Guarded{base.__name__}", (GuardedSession, base), {})
+    bases = (base,) if issubclass(base, GuardedSession) else (GuardedSession, base)
+    return type(f"Guarded{base.__name__}", bases, {"terms": terms})
 
 
 def guard_of(session: AsyncSession) -> Guard:
@@ -395,6 +590,16 @@ def guarded_session(session: AsyncSession) -> GuardedSession:
     )
 
 
+def refuse_changes(session: AsyncSession) -> None:
+    """At the end of a unit that asked for a reader: raise ``WriteRefused`` if it leaves something to be written."""
+    sync_session = guarded_session(session)
+    if writes := sync_session.unsaved():
+        raise WriteRefused(
+            f"{sync_session.guard.holder} asked for a reader, but has written ({', '.join(writes)})",
+            remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
+        )
+
+
 def _first_word(sql: str) -> str:
     words = _COMMENTS.sub(" ", sql).replace("(", " ").split(maxsplit=1)
     return words[0].upper() if words else ""
@@ -404,14 +609,33 @@ def _table_of(statement: Any) -> str:
     return str(getattr(getattr(statement, "table", None), "name", "DML"))
 
 
+# Class-level session events cost the engine nothing.
+
+
+@event.listens_for(GuardedSession, "after_commit", propagate=True)
+def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
+    # Also told for a savepoint that is released, and then the connection is still out: only noted here.
+    guard = cast("GuardedSession", session).guard
+    frame = guard.hooks.find(session.get_nested_transaction() or session.get_transaction())
+    if frame is not None:
+        frame.outcome = Outcome.COMMITTED
+
+
 @event.listens_for(GuardedSession, "after_transaction_end", propagate=True)
-def _forget_writes(session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
-    # A class-level session event costs the engine nothing. Only the root's end settles what was written.
-    if transaction.parent is None and isinstance(session, GuardedSession):
-        session.guard.wrote.clear()
+def _end_frame(session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
+    guard = cast("GuardedSession", session).guard
+    frame = guard.hooks.ended(transaction, parent=transaction.parent)
+    if transaction.parent is None:
+        guard.wrote.clear()
+        guard.doubtful.clear()
+    elif transaction.nested and frame is not None and frame.outcome is not Outcome.COMMITTED:
+        del guard.wrote[frame.written_before :]
 
 
 @event.listens_for(GuardedSession, "after_transaction_create", propagate=True)
-def _guard_transaction(_session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
+def _guard_transaction(session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
     # The earliest moment: SQLAlchemy has no public place to name the class of its transactions.
     transaction.__class__ = GuardedTransaction
+    if transaction.nested:
+        guard = cast("GuardedSession", session).guard
+        guard.hooks.frame(transaction).written_before = len(guard.wrote)

@@ -16,10 +16,9 @@ from stanch.sessions import guard_of, guarded_session
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping
 
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
     from stanch.drivers import Driver
-    from stanch.events import Observers
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
@@ -63,20 +62,13 @@ class Ending:
 
     __slots__ = ("_commit_timeout", "_driver", "_observers", "_timeout", "session")
 
-    def __init__(
-        self,
-        session: AsyncSession,
-        *,
-        driver: Driver,
-        observers: Observers,
-        timeout: float,
-        commit_timeout: float,
-    ) -> None:
+    def __init__(self, session: AsyncSession) -> None:
+        terms = guarded_session(session).terms
         self.session = session
-        self._driver = driver
-        self._observers = observers
-        self._timeout = timeout
-        self._commit_timeout = commit_timeout
+        self._driver = terms.driver
+        self._observers = terms.observers
+        self._timeout = terms.settings.close_timeout
+        self._commit_timeout = terms.settings.commit_timeout
 
     async def commit(self) -> None:
         """Flush, then COMMIT; raises what made it fail."""
@@ -105,6 +97,15 @@ class Ending:
     async def close(self) -> None:
         """Close the session for good. A failure is told, not raised: the outcome was decided before."""
         await self._quietly(self.session.close)
+
+    async def release(self, savepoint: AsyncSessionTransaction) -> None:
+        """Flush, and release *savepoint*: its work is now that of the transaction around it."""
+        with self._severed_after(self._commit_timeout):
+            await savepoint.commit()
+
+    async def roll_back_to(self, savepoint: AsyncSessionTransaction) -> None:
+        """Undo what was done since *savepoint*. A failure is told, not raised: nothing of it is stored anyway."""
+        await self._quietly(savepoint.rollback)
 
     async def everyone_out(self) -> None:
         """Wait until no task is inside the session; after the timeout its connection is severed first."""

@@ -7,10 +7,10 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from stanch.completion import run_to_completion
-from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites, WriteRefused
+from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites
 from stanch.events import WorkDropped
-from stanch.sessions import guarded_session
-from stanch.transactions import ISOLATION_LEVELS, IsolationLevel, connection_options
+from stanch.sessions import Owner, guarded_session, refuse_changes
+from stanch.transactions import ISOLATION_LEVELS, Ending, IsolationLevel, connection_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,6 +53,11 @@ class Wish:
     isolation_level: IsolationLevel | None = None
     read_only: bool = False
 
+    @property
+    def reads_alone(self) -> bool:
+        """Whether each statement may stand alone: nothing was asked for that only a transaction can give."""
+        return self.mode is Mode.READ and self.isolation_level is None and not self.read_only
+
     def join(self, other: Wish) -> Wish:
         """Both wishes as one: the stronger mode, the stronger isolation; ``read_only`` bans writers.
 
@@ -88,7 +93,7 @@ class Charge:
         self.database = database
         self.wish = wish
         self.session: AsyncSession = database.new_session(holder)
-        self.ending = database.ending(self.session)
+        self.ending = Ending(self.session)
         self._apply_options()
 
     async def join(self, wish: Wish) -> None:
@@ -106,8 +111,6 @@ class Charge:
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
         self.wish = joined
-        if starts_writing and begun and self.database.driver.reader_options:
-            await self.ending.roll_back()  # a transaction begun for reading cannot become a writer's
         if stronger or starts_writing:
             self._apply_options()
 
@@ -145,13 +148,17 @@ class Charge:
         return guarded_session(self.session)
 
     def _apply_options(self) -> None:
-        driver = self.database.driver
-        options = connection_options(
-            driver, isolation_level=self.wish.isolation_level, read_only=self.wish.read_only
+        wish, session = self.wish, self._sync
+        if wish.reads_alone:
+            session.start_reading()
+            return
+        if session.guard.reading:
+            session.stop_reading()
+        session.guard.connection_options = connection_options(
+            self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
         )
-        if self.wish.mode is Mode.READ:
-            options = {**driver.reader_options, **options}
-        self._sync.guard.connection_options = options
+        if wish.mode is Mode.AUTO:
+            session.guard.owners[:1] = [Owner(f"{self.holder}, which commits at its end")]
 
 
 class Unit:
@@ -271,11 +278,7 @@ class Unit:
                     )
                 return True
             case Mode.READ:
-                if writes := charge.unsaved:
-                    raise WriteRefused(
-                        f"{charge.holder} asked for a reader, but has written ({', '.join(writes)})",
-                        remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
-                    )
+                refuse_changes(charge.session)
             case Mode.MANUAL:
                 if (writes := charge.unsaved) and self.unsaved != "ignore":
                     self._tell_unsaved(charge, writes)

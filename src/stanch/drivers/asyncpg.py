@@ -129,6 +129,7 @@ class AsyncpgDriver(Driver):
 
     name: ClassVar[str] = "asyncpg"
     read_only_options: ClassVar[Mapping[str, Any]] = {"postgresql_readonly": True}
+    reader_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:

@@ -49,8 +49,8 @@ class Driver(Protocol):
     name: ClassVar[str]
     read_only_options: ClassVar[Mapping[str, Any]]
     """SQLAlchemy execution options that make one transaction of a connection read only."""
-    reader_options: ClassVar[Mapping[str, Any]] = {}
-    """The same for a unit that has only read so far, and must begin anew when it becomes a writer."""
+    reader_options: ClassVar[Mapping[str, Any]]
+    """The same for one statement that stands alone and only reads."""
 
     def plan(self, url: URL, settings: Settings) -> Plan:
         """What *url* and *settings* mean to this driver. Raises `ConfigError` for what it cannot honour."""

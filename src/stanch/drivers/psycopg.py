@@ -78,6 +78,7 @@ class PsycopgDriver(Driver):
 
     name: ClassVar[str] = "psycopg"
     read_only_options: ClassVar[Mapping[str, Any]] = {"postgresql_readonly": True}
+    reader_options: ClassVar[Mapping[str, Any]] = {"isolation_level": "AUTOCOMMIT"}
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:

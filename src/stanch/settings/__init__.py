@@ -52,7 +52,7 @@ class Settings:
 
     Every length of time is in seconds; every limit is finite. Names are those of SQLAlchemy
     (``create_async_engine``, ``AsyncSession``) and of PostgreSQL (*Client Connection Defaults*), except
-    for the five that only stanch has. Construction raises `ConfigError` for everything wrong at once.
+    for those that only stanch has. Construction raises `ConfigError` for everything wrong at once.
 
     The pool:
 
@@ -87,6 +87,8 @@ class Settings:
       COMMIT that waits for a synchronous standby. Long, because what it ends is *unknown*, not failed.
     - ``drain_timeout`` = 10 s: how long closing the database waits for open units; within the 30 s that
       process managers commonly give between SIGTERM and SIGKILL.
+    - ``hook_timeout`` = 10 s: one callback of ``on_commit`` or ``after_rollback``. The reply waits for it, so
+      what takes longer belongs to a background task or a queue.
 
     Limits that the server keeps, sent when a connection starts, in whole milliseconds. They overrule
     what ``ALTER ROLE`` says; ``None`` sends nothing and leaves the server's own setting:
@@ -131,6 +133,7 @@ class Settings:
     close_timeout: float = 5.0
     commit_timeout: float = 30.0
     drain_timeout: float = 10.0
+    hook_timeout: float = 10.0
 
     application_name: str | None = None
     statement_timeout: float | None = 30.0
@@ -304,6 +307,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "close_timeout": Seconds("5.0"),
     "commit_timeout": Seconds("30.0"),
     "drain_timeout": Seconds("10.0"),
+    "hook_timeout": Seconds("10.0"),
     "application_name": Label('"shop"'),
     "statement_timeout": Seconds("30.0", optional=True),
     "lock_timeout": Seconds("10.0", optional=True),
