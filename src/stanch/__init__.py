@@ -1,5 +1,6 @@
 """stanch: the database session layer for FastAPI and SQLAlchemy. Two lifetimes: the app's, the unit of work's."""
 
+from stanch.attempts import attempt_of
 from stanch.database import Database, rollback_only
 from stanch.errors import (
     AsyncSessionInSyncEndpoint,
@@ -11,6 +12,7 @@ from stanch.errors import (
     DatabaseUnavailable,
     DeadlinePassed,
     DriverMissing,
+    InsideTransaction,
     NotInstalled,
     PartialCommit,
     PoolExhausted,
@@ -22,10 +24,12 @@ from stanch.errors import (
     WriteRefused,
 )
 from stanch.ledger import Stats
+from stanch.retry import Attempt, Retry
 from stanch.sqlstate import Failure, Kind, classify
 
 __all__ = [
     "AsyncSessionInSyncEndpoint",
+    "Attempt",
     "CommitRefused",
     "CommitUnknown",
     "ConfigError",
@@ -36,10 +40,12 @@ __all__ = [
     "DeadlinePassed",
     "DriverMissing",
     "Failure",
+    "InsideTransaction",
     "Kind",
     "NotInstalled",
     "PartialCommit",
     "PoolExhausted",
+    "Retry",
     "SessionClosed",
     "SessionOverlap",
     "StanchError",
@@ -47,6 +53,7 @@ __all__ = [
     "UnitConflict",
     "UnsavedWrites",
     "WriteRefused",
+    "attempt_of",
     "classify",
     "rollback_only",
 ]

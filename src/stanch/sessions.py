@@ -55,6 +55,7 @@ class Guard:
         "_on_end",
         "attempt",
         "barred",
+        "committed",
         "connection_options",
         "database",
         "deadline",
@@ -82,6 +83,8 @@ class Guard:
         """When the unit of work must be over."""
         self.attempt = Attempt()
         """Which of several attempts at the same work this is."""
+        self.committed = False
+        """Whether a transaction of this session has been committed."""
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.wrote: list[str] = []
@@ -415,3 +418,14 @@ def _forget_writes(session: Session, transaction: SessionTransaction) -> None:  
 def _guard_transaction(_session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
     # The earliest moment: SQLAlchemy has no public place to name the class of its transactions.
     transaction.__class__ = GuardedTransaction
+
+
+@event.listens_for(GuardedSession, "after_commit", propagate=True)
+def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
+    # Also told of a released savepoint, and of a transaction that never reached the server: both store nothing.
+    if (
+        isinstance(session, GuardedSession)
+        and not session.in_nested_transaction()
+        and session.in_transaction_on_server()
+    ):
+        session.guard.committed = True

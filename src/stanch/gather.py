@@ -1,0 +1,144 @@
+"""Reads or writes several things at the same time, each in a session of its own, without outgrowing the pool."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, overload
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from stanch.attempts import awaited, judge_function, refuse_inside
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from stanch.attempts import Host
+    from stanch.ledger import Stats
+
+S = TypeVar("S", bound=AsyncSession)
+T = TypeVar("T")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+T5 = TypeVar("T5")
+T6 = TypeVar("T6")
+
+Part: TypeAlias = "Callable[[S], Awaitable[T]]"
+"""One of several things to do: an async function of a session."""
+
+
+class Gathering(Generic[S]):
+    """The ``gather`` of a ``Database``; a base of it, so that its overloads stand beside what they do."""
+
+    if TYPE_CHECKING:
+
+        def stats(self) -> Stats: ...  # noqa: D102  # database.py says what it is
+
+    @overload
+    async def gather(
+        self, one: Part[S, T1], two: Part[S, T2], /, *, transaction: bool = ...
+    ) -> tuple[T1, T2]: ...
+
+    @overload
+    async def gather(
+        self, one: Part[S, T1], two: Part[S, T2], three: Part[S, T3], /, *, transaction: bool = ...
+    ) -> tuple[T1, T2, T3]: ...
+
+    @overload
+    async def gather(
+        self,
+        one: Part[S, T1],
+        two: Part[S, T2],
+        three: Part[S, T3],
+        four: Part[S, T4],
+        /,
+        *,
+        transaction: bool = ...,
+    ) -> tuple[T1, T2, T3, T4]: ...
+
+    @overload
+    async def gather(
+        self,
+        one: Part[S, T1],
+        two: Part[S, T2],
+        three: Part[S, T3],
+        four: Part[S, T4],
+        five: Part[S, T5],
+        /,
+        *,
+        transaction: bool = ...,
+    ) -> tuple[T1, T2, T3, T4, T5]: ...
+
+    @overload
+    async def gather(
+        self,
+        one: Part[S, T1],
+        two: Part[S, T2],
+        three: Part[S, T3],
+        four: Part[S, T4],
+        five: Part[S, T5],
+        six: Part[S, T6],
+        /,
+        *,
+        transaction: bool = ...,
+    ) -> tuple[T1, T2, T3, T4, T5, T6]: ...
+
+    @overload
+    async def gather(self, *parts: Part[S, T], transaction: bool = ...) -> tuple[T, ...]: ...
+
+    async def gather(self, *parts: Part[S, Any], transaction: bool = False) -> tuple[Any, ...]:
+        """What each of *parts* returns, in their order; they run at the same time, each with a session of its own.
+
+        ``rows, n = await db.gather(load_rows, count_rows)``. The sessions only read; with *transaction* each is
+        a ``db.transaction()`` and commits when its part has succeeded, whatever becomes of the others. Each sees
+        the database for itself: nothing uncommitted of anybody, and no common snapshot.
+
+        No more of them run at once than the pool has connections; the rest wait for their turn, not in the
+        pool's queue. The first error cancels the others, waits until they have given everything back, and is
+        raised itself; others that were raised meanwhile are its notes.
+
+        Raises ``ConfigError`` for a coroutine in the place of a function, and ``InsideTransaction`` if the calling
+        task holds a connection of this database: it would wait for others while holding its own.
+        """
+        host = cast("Host[S]", self)
+        for part in parts:
+            judge_function("gather()", part)
+        refuse_inside(host, "gather()")
+        opened = host.transaction if transaction else _reader(host)
+        return await _at_once(parts, opened, most=_bound(self.stats()))
+
+
+def _reader(host: Host[S]) -> Callable[[], AbstractAsyncContextManager[S]]:
+    return lambda: host.transaction(read_only=True)
+
+
+async def _at_once(
+    parts: tuple[Part[S, T], ...], opened: Callable[[], AbstractAsyncContextManager[S]], *, most: int
+) -> tuple[T, ...]:
+    turns = asyncio.Semaphore(most)
+
+    async def run(part: Part[S, T]) -> T:
+        async with turns, opened() as session:
+            return await awaited(part, session)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(part)) for part in parts]
+    except BaseExceptionGroup as errors:
+        first = _first_of(cast("BaseExceptionGroup[BaseException]", errors))
+    else:
+        return tuple(task.result() for task in tasks)
+    raise first  # out here, where Python does not chain the group to it, of which it is a part
+
+
+def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    first, *others = errors.exceptions  # in the order in which they were raised
+    for other in others:
+        first.add_note(f"another part of the gather() ended in {type(other).__name__}")
+    return first
+
+
+def _bound(stats: Stats) -> int:
+    return max(1, stats.pool_size + stats.max_overflow)
