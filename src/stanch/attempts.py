@@ -30,13 +30,14 @@ from stanch.events import AttemptFailed
 from stanch.retry import Attempt, Retry
 from stanch.sessions import guard_of
 from stanch.sqlstate import classify, sqlstate_of
+from stanch.transactions import judge_isolation_level
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator
     from contextlib import AbstractAsyncContextManager
 
     from stanch.events import Event
-    from stanch.ledger import Checkout
+    from stanch.ledger import Checkout, Stats
     from stanch.sessions import Guard
     from stanch.transactions import IsolationLevel
 
@@ -62,6 +63,8 @@ class Host(Protocol[S_co]):
 
     def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None: ...  # noqa: D102  # likewise
 
+    def stats(self) -> Stats: ...  # noqa: D102  # likewise
+
     def tell(self, event: Event) -> None: ...  # noqa: D102  # likewise
 
 
@@ -72,6 +75,9 @@ class Attempts(Generic[S]):
     host: Host[S]
     retry: Retry
     isolation_level: IsolationLevel | None = None
+
+    def __post_init__(self) -> None:
+        judge_isolation_level(self.isolation_level)
 
     async def at(self, work: Callable[[S, *Ts], Awaitable[T]], *args: *Ts) -> T:
         """What *work* returns in the first attempt whose transaction commits.

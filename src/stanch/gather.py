@@ -32,10 +32,6 @@ Part: TypeAlias = "Callable[[S], Awaitable[T]]"
 class Gathering(Generic[S]):
     """The ``gather`` of a ``Database``; a base of it, so that its overloads stand beside what they do."""
 
-    if TYPE_CHECKING:
-
-        def stats(self) -> Stats: ...  # noqa: D102  # database.py says what it is
-
     @overload
     async def gather(
         self, one: Part[S, T1], two: Part[S, T2], /, *, transaction: bool = ...
@@ -107,7 +103,7 @@ class Gathering(Generic[S]):
             judge_function("gather()", part)
         refuse_inside(host, "gather()")
         opened = host.transaction if transaction else _reader(host)
-        return await _at_once(parts, opened, most=_bound(self.stats()))
+        return await _at_once(parts, opened, most=_bound(host.stats()))
 
 
 def _reader(host: Host[S]) -> Callable[[], AbstractAsyncContextManager[S]]:
@@ -127,7 +123,7 @@ async def _at_once(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(run(part)) for part in parts]
     except BaseExceptionGroup as errors:
-        first = _first_of(cast("BaseExceptionGroup[BaseException]", errors))
+        first = _first_of(errors)
     else:
         return tuple(task.result() for task in tasks)
     raise first  # out here, where Python does not chain the group to it, of which it is a part
