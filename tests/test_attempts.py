@@ -101,9 +101,23 @@ async def watched(judged: FreshDatabase, url: str, **settings: Any) -> AsyncGene
 
 
 @pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jitter always draws zero."""
+
+    def lower_bound(least: float, _most: float) -> float:
+        return least
+
+    monkeypatch.setattr(random, "uniform", lower_bound)
+
+
+@pytest.fixture
 def longest_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The jitter always draws its upper bound."""
-    monkeypatch.setattr(random, "uniform", lambda _least, most: most)
+
+    def upper_bound(_least: float, most: float) -> float:
+        return most
+
+    monkeypatch.setattr(random, "uniform", upper_bound)
 
 
 class Calls:
@@ -346,7 +360,12 @@ async def test_a_busy_sqlite_file_is_asked_again(tmp_path: Path) -> None:
     writer.execute("CREATE TABLE entries (key text PRIMARY KEY)")
     writer.execute("BEGIN IMMEDIATE")
     db = Database(f"sqlite+aiosqlite:///{file}", lock_timeout=0.02)
-    db.observe(lambda event: writer.execute("ROLLBACK") if isinstance(event, AttemptFailed) else None)
+
+    def make_way(event: Event) -> None:
+        if isinstance(event, AttemptFailed):
+            writer.execute("ROLLBACK")
+
+    db.observe(make_way)
     work = Calls(nothing)
     assert await db.run_transaction(work, retry=QUICK) == "a"
     await db.close()
@@ -456,11 +475,11 @@ async def test_a_released_savepoint_is_no_commit(db: Database[AsyncSession], jud
 # How often, and for how long --------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize(("retry", "attempts"), [(1, 1), (5, 5), (Retry(attempts=2), 2)])
 async def test_retry_counts_all_attempts(
-    db: Database[AsyncSession], retry: Retry | int, attempts: int, monkeypatch: pytest.MonkeyPatch
+    db: Database[AsyncSession], retry: Retry | int, attempts: int
 ) -> None:
-    monkeypatch.setattr(random, "uniform", lambda _least, _most: 0.0)
     work = Calls(failing("40001"))
     with pytest.raises(DBAPIError):
         await db.run_transaction(work, retry=retry)
@@ -537,7 +556,8 @@ async def test_the_sessions_are_told_the_deadline_of_all_attempts(db: Database[A
         seen.extend((guard_of(session).deadline, in_force()))
 
     await db.run_transaction(look, retry=Retry(timeout=5.0))
-    assert seen[0] is seen[1] is not None
+    assert seen[0] is not None
+    assert seen[0] is seen[1]
     assert seen[0].timeout == 5.0
     with under(Deadline.after(1.0, "the request")):
         await db.run_transaction(look, retry=Retry(timeout=5.0))
@@ -830,7 +850,11 @@ async def test_two_hundred_transfers_are_acknowledged_or_clearly_refused_and_the
         db.observe(conflicts.append)
         acknowledged: list[str] = []
         refused: list[BaseException] = []
-        queue = [(*chance.sample(range(1, ACCOUNTS + 1), 2), f"t{number}") for number in range(TRANSFERS)]
+        queue = [
+            (source, target, f"t{number}")
+            for number in range(TRANSFERS)
+            for source, target in [chance.sample(range(1, ACCOUNTS + 1), 2)]
+        ]
 
         async def one_by_one() -> None:
             while queue:

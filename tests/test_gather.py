@@ -239,7 +239,11 @@ async def coroutine(_session: object) -> int:
     return 1
 
 
-@pytest.mark.parametrize("make", [lambda: coroutine(None), lambda: 5, lambda: lambda _session: 5])
+def sync(_session: object) -> int:
+    return 1
+
+
+@pytest.mark.parametrize("make", [lambda: coroutine(None), lambda: 5, lambda: sync])
 async def test_what_is_no_async_function_is_refused(
     db: Database[AsyncSession], make: Callable[[], Any]
 ) -> None:
