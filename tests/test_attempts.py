@@ -6,6 +6,7 @@ import asyncio
 import functools
 import inspect
 import random
+import re
 import socket
 import sqlite3
 import time
@@ -25,6 +26,7 @@ from stanch import (
     CommitUnknown,
     ConfigError,
     Database,
+    DatabaseClosed,
     DatabaseUnavailable,
     InsideTransaction,
     Kind,
@@ -354,6 +356,18 @@ async def test_a_full_pool_is_not_asked_again(judged: FreshDatabase, driver: str
     assert work.count == 1
 
 
+async def test_a_closed_database_is_not_asked_again(judged: FreshDatabase, driver: str) -> None:
+    told: list[Event] = []
+    db = Database(judged.url(driver))
+    db.observe(told.append)
+    await db.open()
+    await db.close()
+    work = Calls(nothing)
+    with pytest.raises(DatabaseClosed):
+        await db.run_transaction(work, retry=QUICK)
+    assert (work.count, told) == (0, [])
+
+
 async def test_a_busy_sqlite_file_is_asked_again(tmp_path: Path) -> None:
     file = tmp_path / "shop.db"
     writer = sqlite3.connect(file, isolation_level=None)
@@ -611,6 +625,16 @@ async def test_rollback_only_gives_the_answer_and_stores_nothing(
     assert await entries(judged) == []
 
 
+async def test_a_complaint_about_the_work_names_it_and_who_called(db: Database[AsyncSession]) -> None:
+    async def whose(session: AsyncSession) -> str:
+        await failing("40001", until=2)(session)
+        return guard_of(session).holder
+
+    holder = await db.run_transaction(whose, retry=QUICK)
+    assert re.fullmatch(r"\S+whose\(\) from test_attempts\.py:\d+ in test_a_complaint\w+\(\)", holder)
+    assert (await asyncio.create_task(db.run_transaction(whose, retry=QUICK))).endswith("whose()")
+
+
 async def test_the_isolation_level_is_that_of_each_attempt(db: Database[AsyncSession]) -> None:
     async def level(session: AsyncSession) -> str:
         await failing("40001", until=2)(session)
@@ -663,7 +687,13 @@ async def test_other_tasks_and_other_databases_are_not_inside(
         assert await other.run_transaction(Calls(nothing), "other database") == "other database"
         async with asyncio.TaskGroup() as group:
             group.create_task(db.run_transaction(Calls(nothing), "other task"))
-    assert await entries(judged) == ["other database", "other task"]
+
+        async def elsewhere(_session: AsyncSession) -> str:
+            return await other.run_transaction(Calls(nothing), "other work")
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(db.run_transaction(elsewhere))
+    assert await entries(judged) == ["other database", "other task", "other work"]
 
 
 async def test_with_an_engine_whose_pool_is_not_ours_only_nested_work_is_refused(

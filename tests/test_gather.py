@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from stanch import ConfigError, Database, InsideTransaction
+from stanch.sessions import guard_of
 from tests.support import cleaned
 from tests.support.judge import assert_nothing_left, until
 
@@ -101,6 +103,15 @@ async def test_they_run_at_the_same_time_each_on_a_connection_of_its_own(db: Dat
 
     pids = await db.gather(meet, meet, meet)
     assert len(set(pids)) == POOL
+
+
+async def test_a_complaint_about_a_part_names_it_and_who_gathered(db: Database[AsyncSession]) -> None:
+    async def whose(session: AsyncSession) -> str:
+        return guard_of(session).holder
+
+    holders = await db.gather(whose, whose)
+    assert set(holders) == {holders[0]}
+    assert re.fullmatch(r"\S+whose\(\) from test_gather\.py:\d+ in test_a_complaint\w+\(\)", holders[0])
 
 
 async def test_more_functions_than_connections_take_turns_and_do_not_wait_in_the_pools_queue(
@@ -254,10 +265,18 @@ async def test_what_is_no_async_function_is_refused(
 async def test_on_an_engine_with_a_pool_of_its_own_its_bound_holds(
     judged: FreshDatabase, driver: str
 ) -> None:
-    owner = Database(judged.url(driver), pool_size=1, max_overflow=1, pool_timeout=1.0)
-    beside = Database(owner.engine, adopt=False)
+    engine = create_async_engine(judged.url(driver), pool_size=1, max_overflow=1, pool_timeout=1.0)
+    beside = Database(engine, adopt=False)
+    both = asyncio.Barrier(2)
+
+    async def meet(session: AsyncSession) -> None:
+        await reading(1)(session)
+        async with asyncio.timeout(5):
+            await both.wait()
+
+    await beside.gather(meet, meet)
     assert await beside.gather(*map(reading, range(6))) == (0, 1, 2, 3, 4, 5)
-    await owner.close()
+    await engine.dispose()
 
 
 async def test_in_memory_sqlite_gathers_one_by_one() -> None:

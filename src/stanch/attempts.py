@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from stanch.callers import current_task
+from stanch.callers import NOWHERE, Place, current_task, place_of_caller
 from stanch.deadlines import Deadline, earlier, in_force, under
 from stanch.errors import CommitUnknown, ConfigError, InsideTransaction
 from stanch.events import AttemptFailed
@@ -87,6 +87,7 @@ class Attempts(Generic[S]):
         judge_function("run_transaction()", work)
         refuse_inside(self.host, "run_transaction()")
         deadline = self._deadline()
+        place = place_of_caller()
         history = _History(self.retry.attempts)
         attempt = Attempt()
         with _under_way(self.host), under(deadline):
@@ -95,6 +96,7 @@ class Attempts(Generic[S]):
                 try:
                     async with self.host.transaction(isolation_level=self.isolation_level) as session:
                         guard = guard_of(session)
+                        guard.holder = holder_of(work, place)
                         guard.attempt, guard.deadline = attempt, deadline
                         return await awaited(work, session, *args)
                 except Exception as error:  # noqa: BLE001  # it is raised, unless the work is done again
@@ -137,7 +139,7 @@ class Attempts(Generic[S]):
         self.host.tell(
             AttemptFailed(
                 database=self.host.name,
-                work=_name_of(work),
+                work=name_of(work),
                 attempt=attempt.number,
                 reason=_in_words(error),
                 pause=pause,
@@ -228,7 +230,7 @@ async def awaited(function: Callable[[S, *Ts], Awaitable[T]], session: S, *args:
 def _judge_answer(function: object, answer: object) -> None:
     if not inspect.isawaitable(answer):
         _refuse_function(
-            _name_of(function), f"a function whose answer, a {type(answer).__name__}, is not awaitable"
+            name_of(function), f"a function whose answer, a {type(answer).__name__}, is not awaitable"
         )
 
 
@@ -244,14 +246,14 @@ def _refuse_function(what: str, got: str) -> None:
 def _signature_without_session(function: Callable[..., object]) -> inspect.Signature:
     if not inspect.iscoroutinefunction(function):
         judge_function("transactional", function)
-        _refuse_function("transactional", f"{_name_of(function)}, which is no async def")
+        _refuse_function("transactional", f"{name_of(function)}, which is no async def")
     signature = inspect.signature(function)
     parameters = [*signature.parameters.values()]
     if not parameters or parameters[0].kind not in {
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     }:
-        _refuse_function("transactional", f"{_name_of(function)}, which takes no session")
+        _refuse_function("transactional", f"{name_of(function)}, which takes no session")
     return signature.replace(parameters=parameters[1:])
 
 
@@ -267,7 +269,13 @@ def _under_way(host: object) -> Generator[None]:
         hosts.remove(host)
 
 
-def _name_of(work: object) -> str:
+def holder_of(work: object, place: Place) -> str:
+    """Whose session it is, in words; a task that runs *work* and nothing else was begun at no line of the user's."""
+    return name_of(work) if place is NOWHERE else f"{name_of(work)} from {place}"
+
+
+def name_of(work: object) -> str:
+    """*work* by its name, as it is called; another callable by its class."""
     name = getattr(getattr(work, "func", work), "__qualname__", None)
     return f"{name}()" if isinstance(name, str) else type(work).__name__
 

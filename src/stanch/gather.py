@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, overlo
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from stanch.attempts import awaited, judge_function, refuse_inside
+from stanch.attempts import awaited, holder_of, judge_function, refuse_inside
+from stanch.callers import place_of_caller
+from stanch.sessions import guard_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
     from stanch.attempts import Host
+    from stanch.callers import Place
     from stanch.ledger import Stats
 
 S = TypeVar("S", bound=AsyncSession)
@@ -103,7 +106,7 @@ class Gathering(Generic[S]):
             judge_function("gather()", part)
         refuse_inside(host, "gather()")
         opened = host.transaction if transaction else _reader(host)
-        return await _at_once(parts, opened, most=_bound(host.stats()))
+        return await _at_once(parts, opened, most=_bound(host.stats()), place=place_of_caller())
 
 
 def _reader(host: Host[S]) -> Callable[[], AbstractAsyncContextManager[S]]:
@@ -111,12 +114,17 @@ def _reader(host: Host[S]) -> Callable[[], AbstractAsyncContextManager[S]]:
 
 
 async def _at_once(
-    parts: tuple[Part[S, T], ...], opened: Callable[[], AbstractAsyncContextManager[S]], *, most: int
+    parts: tuple[Part[S, T], ...],
+    opened: Callable[[], AbstractAsyncContextManager[S]],
+    *,
+    most: int,
+    place: Place,
 ) -> tuple[T, ...]:
     turns = asyncio.Semaphore(most)
 
     async def run(part: Part[S, T]) -> T:
         async with turns, opened() as session:
+            guard_of(session).holder = holder_of(part, place)
             return await awaited(part, session)
 
     try:
