@@ -38,6 +38,7 @@ from stanch import (
 )
 from stanch.deadlines import Deadline, in_force, under
 from stanch.events import AttemptFailed, Event
+from stanch.ledger import Ledger
 from stanch.retry import MOST_ATTEMPTS
 from stanch.sessions import guard_of
 from tests.support import cleaned
@@ -677,6 +678,21 @@ async def test_work_inside_other_work_is_refused_whether_or_not_that_holds_a_con
     assert inner.count == 0
     assert await db.run_transaction(inner) == "a"
     assert await entries(judged) == ["a"]
+
+
+async def test_the_books_know_what_a_task_has_held_for_longest() -> None:
+    moments = iter(range(10))
+    ledger = Ledger[object](pool_size=5, max_overflow=0, clock=lambda: next(moments))
+    mine = asyncio.current_task()
+    assert ledger.held_by(mine) is None
+    _others, first, _second = (ledger.take(task, new=object) for task in (None, mine, mine))
+    held = ledger.held_by(mine)
+    assert held is not None
+    assert (held.task, held.since) == (mine, 1)
+    assert first is not None
+    ledger.give_back(first, usable=True)
+    assert (held := ledger.held_by(mine)) is not None
+    assert held.since == 2
 
 
 async def test_other_tasks_and_other_databases_are_not_inside(

@@ -122,7 +122,7 @@ class Attempts(Generic[S]):
 
             return await self.at(functools.update_wrapper(work, function))
 
-        service.__signature__ = signature  # type: ignore[attr-defined]  # FastAPI, among others, asks for it
+        service.__signature__ = signature  # type: ignore[attr-defined]  # what callers may pass
         return service
 
     def _deadline(self) -> Deadline | None:
