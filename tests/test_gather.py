@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
+import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
@@ -225,6 +229,49 @@ async def test_a_cancelled_gather_takes_all_with_it(
             await task
     assert db.stats().in_use == 0
     assert await db.gather(reading(1), reading(2)) == (1, 2)
+
+
+async def test_in_a_cancelled_scope_of_anyios_it_waits_for_the_parts_without_spinning(
+    db: Database[AsyncSession],
+) -> None:
+    tidied_up: list[float] = []
+
+    async def tidy_up_slowly(session: AsyncSession) -> None:
+        await reading(1)(session)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.5)  # what is measured: the time that a frozen server might take
+            tidied_up.append(time.process_time())
+
+    began = time.process_time()
+    with anyio.move_on_after(0.1) as scope:
+        await db.gather(tidy_up_slowly, tidy_up_slowly)
+    assert scope.cancelled_caught
+    assert len(tidied_up) == 2
+    assert time.process_time() - began < 0.15
+    assert db.stats().in_use == 0
+
+
+async def test_an_error_leaves_no_cycle_behind(db: Database[AsyncSession]) -> None:
+    class Mine(Exception):  # a plain one that can be referred to weakly
+        pass
+
+    async def fail(_session: AsyncSession) -> None:
+        raise Mine
+
+    async def gone() -> weakref.ref[Mine]:
+        try:
+            await db.gather(fail, reading(1))
+        except Mine as error:
+            return weakref.ref(error)
+        raise AssertionError("unreachable")
+
+    gc.disable()
+    try:
+        assert (await gone())() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_task_that_holds_a_connection_is_refused(db: Database[AsyncSession]) -> None:

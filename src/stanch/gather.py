@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from stanch.attempts import awaited, holder_of, judge_function, refuse_inside
 from stanch.callers import place_of_caller
+from stanch.completion import run_to_completion
 from stanch.sessions import guard_of
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Gathering(Generic[S]):
         for part in parts:
             judge_function("gather()", part)
         refuse_inside(host, "gather()")
+        if not parts:
+            return ()
         opened = host.transaction if transaction else _reader(host)
         return await _at_once(parts, opened, most=_bound(host.stats()), place=place_of_caller())
 
@@ -121,26 +124,43 @@ async def _at_once(
     place: Place,
 ) -> tuple[T, ...]:
     turns = asyncio.Semaphore(most)
+    errors: list[BaseException] = []
 
     async def run(part: Part[S, T]) -> T:
-        async with turns, opened() as session:
-            guard_of(session).holder = holder_of(part, place)
-            return await awaited(part, session)
+        try:
+            async with turns, opened() as session:
+                guard_of(session).holder = holder_of(part, place)
+                return await awaited(part, session)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            errors.append(error)
+            raise
 
+    # Not a TaskGroup: in a cancelled scope of anyio's it would spin until the last of them has tidied up.
+    tasks = [asyncio.create_task(run(part)) for part in parts]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(part)) for part in parts]
-    except BaseExceptionGroup as errors:
-        first = _first_of(errors)
-    else:
-        return tuple(task.result() for task in tasks)
-    raise first  # out here, where Python does not chain the group to it, of which it is a part
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await run_to_completion(_call_off(tasks))
+    if errors:
+        tasks.clear()  # they hold the error, whose traceback holds this frame
+        raise _first_of(errors)
+    return tuple(task.result() for task in tasks)
 
 
-def _first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    first, *others = errors.exceptions  # in the order in which they were raised
-    for other in others:
-        first.add_note(f"another part of the gather() ended in {type(other).__name__}")
+async def _call_off(tasks: list[asyncio.Task[T]]) -> None:
+    """Cancel whoever is still at work, and wait until all have given back what they had."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _first_of(errors: list[BaseException]) -> BaseException:
+    """The error that was raised first, with a note of each other one; the list is empty afterwards."""
+    first = errors.pop(0)
+    while errors:
+        first.add_note(f"another part of the gather() ended in {type(errors.pop(0)).__name__}")
     return first
 
 
