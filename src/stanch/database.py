@@ -297,7 +297,7 @@ class Database(Gathering[S], Generic[S]):
         return Attempts(self, Retry.of(retry), isolation_level).service
 
     def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
-        """What *task* holds of the pool, longest held first; None where the engine keeps a pool of its own."""
+        """What *task* has held of the pool for longest, or None; not known of a pool that is not ours. For shells."""
         pool = self._equipped.pool
         return None if pool is None else pool.held_by(task)
 
