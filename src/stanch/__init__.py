@@ -1,6 +1,7 @@
 """stanch: the database session layer for FastAPI and SQLAlchemy. Two lifetimes: the app's, the unit of work's."""
 
 from stanch.atomic import after_rollback, atomic, on_commit, release, rollback_only
+from stanch.attempts import attempt_of
 from stanch.database import Database
 from stanch.errors import (
     AsyncSessionInSyncEndpoint,
@@ -12,6 +13,7 @@ from stanch.errors import (
     DatabaseUnavailable,
     DeadlinePassed,
     DriverMissing,
+    InsideTransaction,
     NotInstalled,
     PartialCommit,
     PoolExhausted,
@@ -25,10 +27,12 @@ from stanch.errors import (
     WriteRefused,
 )
 from stanch.ledger import Stats
+from stanch.retry import Attempt, Retry
 from stanch.sqlstate import Failure, Kind, classify
 
 __all__ = [
     "AsyncSessionInSyncEndpoint",
+    "Attempt",
     "CommitRefused",
     "CommitUnknown",
     "ConfigError",
@@ -39,10 +43,12 @@ __all__ = [
     "DeadlinePassed",
     "DriverMissing",
     "Failure",
+    "InsideTransaction",
     "Kind",
     "NotInstalled",
     "PartialCommit",
     "PoolExhausted",
+    "Retry",
     "SavepointGone",
     "SessionClosed",
     "SessionOverlap",
@@ -54,6 +60,7 @@ __all__ = [
     "WriteRefused",
     "after_rollback",
     "atomic",
+    "attempt_of",
     "classify",
     "on_commit",
     "release",

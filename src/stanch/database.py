@@ -6,39 +6,58 @@ import asyncio
 import os
 from contextlib import asynccontextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, Unpack, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Final,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+    cast,
+    overload,
+)
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
+from stanch.attempts import Attempts
 from stanch.callers import place_of_caller
 from stanch.completion import run_to_completion
 from stanch.engines import beside_engine, from_engine, from_url
 from stanch.errors import ConfigError
 from stanch.events import Event, Observer, Observers, WorkDropped
+from stanch.gather import Gathering
 from stanch.hooks import Runner
 from stanch.lifetime import Lifetime
 from stanch.readiness import until_it_answers
+from stanch.retry import Retry
 from stanch.sessions import Guard, Owner, Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 
     from sqlalchemy import URL
 
     from stanch.drivers import Driver
     from stanch.engines import Equipped
-    from stanch.ledger import Stats
+    from stanch.ledger import Checkout, Stats
     from stanch.settings.options import Options
 
 S = TypeVar("S", bound=AsyncSession)
+T = TypeVar("T")
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
 
 _BETWEEN_LOOKS: Final = 0.02
 """Seconds between two looks at the pool while it drains."""
 
 
-class Database(Generic[S]):
+class Database(Gathering[S], Generic[S]):
     """A database of the app: its engine, its pool, its sessions and transactions.
 
     Construction judges every setting and opens nothing. ``async with db`` (or ``open()`` and ``close()``)
@@ -267,6 +286,43 @@ class Database(Generic[S]):
             await finish(ending, commit=False)
             raise
         await finish(ending, commit=not guard_of(session).rollback_only)
+
+    async def run_transaction(
+        self,
+        work: Callable[[S, *Ts], Awaitable[T]],
+        /,
+        *args: *Ts,
+        retry: Retry | int = 3,
+        isolation_level: IsolationLevel | None = None,
+    ) -> T:
+        """What ``await work(session, *args)`` returns, committed; the whole of it is done again where that may help.
+
+        Each attempt has a session and a transaction of its own. Another one follows a serialization failure or a
+        deadlock (also one that shows at COMMIT), SQLite's busy, a server that cannot be reached, and a connection
+        lost before COMMIT was sent; never a ``CommitUnknown``, or an attempt that has committed by hand, unless
+        ``Retry(idempotent=True)`` says that doing it twice does no harm; and nothing else. *retry* is a ``Retry``,
+        or the number of attempts. The work sees by ``attempt_of(session)`` which attempt it is in. Keep mail,
+        HTTP calls and the like out of it: they are not undone.
+
+        Raises the error of the last attempt itself, the earlier ones as its notes; ``InsideTransaction`` if the
+        calling task already holds a connection of this database. ``rollback_only(session)`` is no error.
+        """
+        return await Attempts(self, Retry.of(retry), isolation_level).at(work, *args)
+
+    def transactional(
+        self, *, retry: Retry | int = 3, isolation_level: IsolationLevel | None = None
+    ) -> Callable[[Callable[Concatenate[S, P], Awaitable[T]]], Callable[P, Coroutine[Any, Any, T]]]:
+        """A decorator: the function is called without its session, and is ``run_transaction`` each time.
+
+        ``async def transfer(session, a, b, *, amount)`` becomes ``await transfer(a, b, amount=3)``. The plain
+        function, for work that has a session already, is ``transfer.__wrapped__``. Functions, not methods.
+        """
+        return Attempts(self, Retry.of(retry), isolation_level).service
+
+    def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
+        """What *task* has held of the pool for longest, or None; not known of a pool that is not ours. For shells."""
+        pool = self._equipped.pool
+        return None if pool is None else pool.held_by(task)
 
     def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""

@@ -187,6 +187,12 @@ class UnitConflict(StanchError, exc.InvalidRequestError):
     error_code = "unit-conflict"
 
 
+class InsideTransaction(StanchError, exc.InvalidRequestError):
+    """Work that needs a transaction of its own was asked for by a task that already has one open."""
+
+    error_code = "inside-transaction"
+
+
 class NotInstalled(StanchError, exc.InvalidRequestError):
     """A session was asked for where no unit of work is: ``install(app, db)`` is missing, or it is middleware."""
 

@@ -88,6 +88,20 @@ class HookFailed(Event):
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptFailed(Event):
+    """Work rolled back and will be done again, after *pause* seconds; *attempt* counts from 1."""
+
+    level: ClassVar[int] = logging.INFO
+    work: str
+    attempt: int
+    reason: str
+    pause: float
+
+    def __str__(self) -> str:
+        return f"attempt {self.attempt} at {self.work} failed ({self.reason}); again in {self.pause:.3f} s"
+
+
 Observer = Callable[[Event], None]
 
 

@@ -170,6 +170,11 @@ class Ledger(Generic[Slot]):
         """The slots now out, longest held first."""
         return iter(sorted(self._out.values(), key=lambda entry: entry[1].since))
 
+    def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
+        """What *task* has held for longest, or None. A session it was handed is on another task's account."""
+        mine = (checkout for _, checkout in self._out.values() if checkout.task is task)
+        return min(mine, key=lambda checkout: checkout.since, default=None)
+
     def _hand(self, slot: Slot, task: asyncio.Task[object] | None) -> None:
         self._out[id(slot)] = (slot, Checkout(task, self._clock()))
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from stanch.drivers import Driver
+    from stanch.ledger import Checkout
     from stanch.settings import Settings
     from stanch.watch import Watch
 
@@ -205,6 +206,12 @@ class Pool(SQLAlchemyPool):
         )
         with self._lock:
             return sum((ledger.stats() for ledger in self._living()), start=empty)
+
+    def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
+        """What *task* has held for longest on the running loop, or None."""
+        ledger = self._ledger_of_this_loop()
+        with self._lock:
+            return ledger.held_by(task)
 
     def sever_held(self) -> None:
         """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""

@@ -95,6 +95,7 @@ class Guard:
         "_on_end",
         "attempt",
         "barred",
+        "committed",
         "connection_options",
         "database",
         "deadline",
@@ -126,6 +127,8 @@ class Guard:
         """When the unit of work must be over."""
         self.attempt = Attempt()
         """Which of several attempts at the same work this is."""
+        self.committed = False
+        """Whether a transaction of this session has been committed."""
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.hooks = Hooks[SessionTransaction]()
@@ -615,10 +618,13 @@ def _table_of(statement: Any) -> str:
 @event.listens_for(GuardedSession, "after_commit", propagate=True)
 def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
     # Also told for a savepoint that is released, and then the connection is still out: only noted here.
-    guard = cast("GuardedSession", session).guard
-    frame = guard.hooks.find(session.get_nested_transaction() or session.get_transaction())
+    own = cast("GuardedSession", session)
+    savepoint = session.get_nested_transaction()
+    frame = own.guard.hooks.find(savepoint or session.get_transaction())
     if frame is not None:
         frame.outcome = Outcome.COMMITTED
+    if savepoint is None and own.in_transaction_on_server():
+        own.guard.committed = True
 
 
 @event.listens_for(GuardedSession, "after_transaction_end", propagate=True)

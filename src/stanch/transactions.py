@@ -40,17 +40,22 @@ def connection_options(
     """
     options: dict[str, Any] = {}
     if isolation_level is not None:
-        if isolation_level not in ISOLATION_LEVELS:
-            raise ConfigError(
-                f"isolation_level: got {isolation_level!r}",
-                remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."],
-            )
+        judge_isolation_level(isolation_level)
         # PostgreSQL knows no weaker level than READ COMMITTED, and SQLAlchemy's asyncpg dialect no name for one.
         weakest = driver.name == "asyncpg" and isolation_level == "READ UNCOMMITTED"
         options["isolation_level"] = "READ COMMITTED" if weakest else isolation_level
     if read_only:
         options |= driver.read_only_options
     return options
+
+
+def judge_isolation_level(isolation_level: IsolationLevel | None) -> None:
+    """``ConfigError`` for what is no isolation level; None is the engine's own."""
+    if isolation_level is not None and isolation_level not in ISOLATION_LEVELS:
+        raise ConfigError(
+            f"isolation_level: got {isolation_level!r}",
+            remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."],
+        )
 
 
 class Ending:
