@@ -3,6 +3,7 @@
 from stanch.database import Database, rollback_only
 from stanch.errors import (
     AsyncSessionInSyncEndpoint,
+    CommitLost,
     CommitRefused,
     CommitUnknown,
     ConfigError,
@@ -26,6 +27,7 @@ from stanch.sqlstate import Failure, Kind, classify
 
 __all__ = [
     "AsyncSessionInSyncEndpoint",
+    "CommitLost",
     "CommitRefused",
     "CommitUnknown",
     "ConfigError",

@@ -1,9 +1,9 @@
 """A SQLAlchemy pool that is fair and bounded, keeps its books in a ledger, and asks the driver at every return.
 
 It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the private names ``_do_get``,
-``_do_return_conn``, ``_invalidate``, ``_creator``, ``_close_connection``, ``_dialect``, ``_ConnectionRecord``
-(its ``__init__(connect=)`` and ``get_connection``) stand in this module only, and ``tests/test_contract.py``
-holds them on the oldest and the newest supported SQLAlchemy.
+``_do_return_conn``, ``_invalidate``, ``_creator``, ``_invoke_creator``, ``_close_connection``, ``_dialect``,
+``_ConnectionRecord`` (its ``__init__(connect=)`` and ``get_connection``) stand in this module only, and
+``tests/test_contract.py`` holds them on the oldest and the newest supported SQLAlchemy.
 """
 
 # pyright: reportPrivateUsage=false
@@ -217,6 +217,10 @@ class Pool(SQLAlchemyPool):
             self._observers.tell(
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
+
+    def open_beside(self) -> DBAPIConnection:
+        """A new connection beside the pool, which may be full: not on the books, and the caller's to close."""
+        return self._invoke_creator(None)  # type: ignore[arg-type]  # what it is for is nobody's entry
 
     def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
         """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""

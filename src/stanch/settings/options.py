@@ -53,6 +53,7 @@ class Options(EngineOptions, total=False):
     close_timeout: float
     commit_timeout: float
     drain_timeout: float
+    verify_commits: bool
     application_name: str | None
     statement_timeout: float | None
     lock_timeout: float | None
