@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sqlalchemy import event
-from sqlalchemy.pool import PoolProxiedConnection
 
 from stanch.errors import CommitLost, CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
 from stanch.redaction import redact
@@ -54,12 +53,13 @@ def replace_transaction_ends(
         except Exception as error:
             if driver.looks_dead(inner) and not lost_before:
                 verifier.settle(stake, error)
-                _forget(connection)
                 return
             raise
 
     def do_rollback(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
+        if driver.looks_dead(inner):
+            return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
         try:
             watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
         except Exception:
@@ -111,12 +111,6 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
 def _asked_for_read_only(context: ExceptionContext) -> bool:
     connection = context.connection
     return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
-
-
-def _forget(connection: DBAPIConnection) -> None:
-    """Give a dead connection back now: its transaction ended well, so nothing later would find out that it is dead."""
-    if isinstance(connection, PoolProxiedConnection):
-        connection.invalidate()
 
 
 def _too_long(error: TimeoutError) -> DeadlinePassed:

@@ -129,7 +129,7 @@ class Status(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class Answer:
     """What a server says, the life it speaks from, and whether we had to end the backend to hear it."""
 
     status: Status
@@ -152,17 +152,17 @@ _WAITS_FOR_STANDBY: Final = Finding(
 )
 
 
-def judge(ticket: Ticket, testimony: Testimony) -> Finding:
-    """What *testimony* proves about the transaction of *ticket*. Pure.
+def judge(ticket: Ticket, answer: Answer) -> Finding:
+    """What *answer* proves about the transaction of *ticket*. Pure.
 
     *Not committed* is sound also after a crash or failover, whoever owned the number: a commit record that survived
     would have kept the number from being handed out again, or from lying in the future. *Committed* is sound only
     from the same life of the server. Nothing is, from another cluster.
     """
-    then, now = ticket.witness.incarnation, testimony.witness.incarnation
+    then, now = ticket.witness.incarnation, answer.witness.incarnation
     if then.system != now.system:
         return Finding(Verdict.UNKNOWN, "the server that answers is another one")
-    match testimony.status:
+    match answer.status:
         case Status.ABORTED | Status.IN_THE_FUTURE:
             return Finding(Verdict.ABORTED, "the server says that the transaction was rolled back")
         case Status.COMMITTED if not then.is_that_of(now):
@@ -170,7 +170,7 @@ def judge(ticket: Ticket, testimony: Testimony) -> Finding:
                 Verdict.UNKNOWN,
                 "the server crashed, was failed over or had its statistics reset since, so its answer proves nothing",
             )
-        case Status.COMMITTED if testimony.forced and testimony.witness.awaits_standbys:
+        case Status.COMMITTED if answer.forced and answer.witness.awaits_standbys:
             return Finding(
                 Verdict.UNKNOWN, "the server has it, but a synchronous standby may not: it was not confirmed"
             )
@@ -262,7 +262,10 @@ class Asking:
             adapted.autocommit = autocommit
         except Exception as error:
             if self._driver.looks_dead(self._dialect.get_driver_connection(connection)):
-                raise
+                raise DatabaseUnavailable(
+                    f"a new connection was lost before it was ready for use ({_trouble(error)})",
+                    remedies=["See whether the server has just been restarted, or is being so."],
+                ) from error
             adapted.autocommit = autocommit
             self._complain(f"the server refused what must be known of it ({_trouble(error)})")
 
@@ -385,7 +388,7 @@ class Asking:
                 break
             await_only(asyncio.sleep(pause))
         # After it, and on the same connection, which no crash survives.
-        return judge(ticket, Testimony(status, _witness(_row(connection, _WITNESS)), forced))
+        return judge(ticket, Answer(status, _witness(_row(connection, _WITNESS)), forced))
 
     @staticmethod
     def _end_backend(connection: DBAPIConnection, witness: Witness) -> Finding | None:
