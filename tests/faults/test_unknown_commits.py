@@ -19,17 +19,18 @@ from sqlalchemy.orm import Session
 
 from stanch import CommitLost, CommitRefused, CommitUnknown, Database, Kind, classify
 from stanch.embedded import EmbeddedPostgres
+from stanch.embedded.loopback import free_port
 from stanch.events import CommitSettled, CommitsUnverified
 from stanch.verdict import CLEAN_KEY, WITNESS_KEY
 from tests.faults.served import serving
 from tests.faults.subject import Subject, prepare
 from tests.support import cleaned
 from tests.support.judge import FreshDatabase, assert_nothing_left, until
-from tests.support.proxy import FaultProxy, Verdict, at_commit, statement_of
+from tests.support.proxy import FaultProxy, Mode, Verdict, at_commit, statement_of
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -82,11 +83,22 @@ async def stored(judged: FreshDatabase, key: str) -> bool:
     return bool(await judged.fetchval("SELECT count(*) FROM entries WHERE key = $1", key))
 
 
+async def happened(condition: Callable[[], bool]) -> None:
+    """Wait for what the proxy only counts."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  # it tells nobody
+            await asyncio.sleep(0.005)
+
+
+def seen(proxy: FaultProxy) -> list[str]:
+    return [*proxy.queries, *proxy.parsed]
+
+
 # At random --------------------------------------------------------------------------------------------------
 
 
 class Faults:
-    """A hook: every COMMIT draws a card, and five in six are lost; now and then something else is cut, our question too."""
+    """A hook: every COMMIT draws a card, and five in six are lost; now and then something else is cut."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -274,7 +286,7 @@ async def test_a_commit_found_stored_is_a_success_like_any_other(judged: FreshDa
 
 
 async def test_a_commit_that_never_arrives_is_lost_for_certain(judged: FreshDatabase, driver: str) -> None:
-    """The link stays open and silent: the backend still waits, and is ended so that nothing can come of it."""
+    """The link stays open and silent until we sever it; what is asked afterwards is certain."""
     async with proxied(judged, driver, commit_timeout=0.3) as (proxy, db, _):
         proxy.on_client_message = at_commit(Verdict.LOSE)
         begun = time.monotonic()
@@ -359,9 +371,7 @@ async def test_a_cancelled_waiter_still_hears_the_verdict_in_the_chain(
     async with proxied(judged, driver, commit_timeout=0.3) as (proxy, db, events):
         proxy.on_client_message = at_commit(Verdict.LOSE)
         task = asyncio.create_task(write(db, "x"))
-        async with asyncio.timeout(5):
-            while not proxy.verdicts[Verdict.LOSE]:  # noqa: ASYNC110  # the proxy counts, it tells nobody
-                await asyncio.sleep(0.005)
+        await happened(lambda: proxy.verdicts[Verdict.LOSE] == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError) as caught:
             await task
@@ -412,6 +422,19 @@ async def test_an_engine_that_was_taken_over_is_verified_as_well(judged: FreshDa
             await write(db, "x")
             assert proxy.verdicts[Verdict.CUT_ANSWER] == 1
             assert await stored(judged, "x")
+
+
+async def test_the_mark_of_a_clean_transaction_holds_for_that_one_alone(
+    judged: FreshDatabase, driver: str
+) -> None:
+    """On the same connection, a lost COMMIT of the next transaction is not taken for one of nothing written."""
+    async with proxied(judged, driver) as (proxy, db, _):
+        async with db.transaction() as session:
+            await clean(session)
+        proxy.on_client_message = at_commit(Verdict.CUT)
+        with pytest.raises(CommitLost):
+            await write(db, "x")
+        assert proxy.verdicts[Verdict.CUT] == 1
 
 
 # Where it cannot be known -----------------------------------------------------------------------------------
@@ -477,6 +500,24 @@ async def test_a_pooler_in_between_is_noticed(judged: FreshDatabase, driver: str
         with pytest.raises(CommitUnknown, match="pooler between"):
             await write(db, "x")
         assert [type(each) for each in events] == [CommitsUnverified, CommitSettled]
+
+
+async def test_a_backend_that_began_at_another_time_is_not_ended(judged: FreshDatabase, driver: str) -> None:
+    """The pid may be somebody else's by now; here the time is wrong, and the backend the right one."""
+    settings: dict[str, Any] = {"commit_timeout": 0.2, "connect_timeout": 0.4}
+    async with proxied(judged, driver, **settings) as (_, db, _events):
+        async with db.connect() as connection:
+            info = (await connection.get_raw_connection()).info
+            other = info[WITNESS_KEY]
+            assert other.started is not None
+            info[WITNESS_KEY] = type(other)(other.incarnation, other.pid, other.started + 1, False)
+        try:
+            with pytest.raises(CommitUnknown, match="still at it"):
+                async with db.transaction() as session:
+                    await session.execute(text("INSERT INTO slow VALUES ('x', 20)"))
+            assert await judged.fetch("SELECT FROM pg_stat_activity WHERE pid = $1", other.pid)
+        finally:
+            await judged.fetch(f"SELECT pg_terminate_backend({other.pid}, 5000)")
 
 
 # What it costs ----------------------------------------------------------------------------------------------
@@ -644,6 +685,42 @@ async def test_what_was_stored_before_a_crash_is_never_called_lost(
     found = await crash_at_commit(mortal, driver, 1, answered=True)
     assert found.wrong == []
     assert found.verdicts["unknown"] == 1
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+async def test_a_standby_proves_nothing_until_it_is_promoted(
+    driver: str, answered: bool, tmp_path: Path
+) -> None:
+    """The server comes back as a standby of nobody: it answers, but not to this; promoted, it is another life."""
+    server = EmbeddedPostgres(durable=True, settings={"fsync": "off"}, port=free_port())
+    with server:
+        judged = await FreshDatabase.create(server)
+        await prepare(judged)
+        async with proxied(judged, driver, connect_timeout=10.0) as (proxy, db, events):
+
+            def cut(kind: str, payload: bytes) -> Verdict:
+                if not is_commit(kind, payload) or proxy.mode is not Mode.PASS:
+                    return Verdict.FORWARD
+                proxy.deafen()
+                return Verdict.CUT_ANSWER if answered else Verdict.CUT
+
+            proxy.on_client_message = cut
+            task = asyncio.create_task(write(db, "x"))
+            await happened(lambda: proxy.verdicts[Verdict.CUT] + proxy.verdicts[Verdict.CUT_ANSWER] == 1)
+            await asyncio.to_thread(server.crash)
+            (server.data_dir / "standby.signal").touch()
+            await asyncio.to_thread(server.start)
+            assert await judged.fetchval("SELECT pg_is_in_recovery()")
+            proxy.forget()
+            proxy.pass_through()
+            await happened(lambda: seen(proxy).count("SELECT pg_is_in_recovery()") > 2)
+            assert not task.done()
+            assert events == []
+            assert await judged.fetchval("SELECT pg_promote()")
+            with pytest.raises(CommitUnknown if answered else CommitLost):
+                await task
+            assert await stored(judged, "x") == answered
+        await judged.drop()
 
 
 @both
