@@ -52,7 +52,7 @@ class Settings:
 
     Every length of time is in seconds; every limit is finite. Names are those of SQLAlchemy
     (``create_async_engine``, ``AsyncSession``) and of PostgreSQL (*Client Connection Defaults*), except
-    for the five that only stanch has. Construction raises `ConfigError` for everything wrong at once.
+    for the six that only stanch has. Construction raises `ConfigError` for everything wrong at once.
 
     The pool:
 
