@@ -57,6 +57,7 @@ def replace_transaction_ends(
             raise
 
     def do_rollback(connection: DBAPIConnection) -> None:
+        verifier.rolled_back(connection)
         inner = dialect.get_driver_connection(connection)
         if driver.looks_dead(inner):
             return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.

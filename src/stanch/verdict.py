@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, Never, Protocol, cast
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from stanch.watch import Watch
 
 CLEAN_KEY: Final = "stanch.clean"
-"""In a pooled connection's ``info``, set just before COMMIT: this transaction cannot have written. Taken out again."""
+"""In a pooled connection's ``info``, set just before COMMIT: this transaction cannot have written, and is not
+SERIALIZABLE. Taken out again by its COMMIT or ROLLBACK."""
 
 WITNESS_KEY: Final = "stanch.witness"
 """In a pooled connection's ``info``: its `Witness`."""
@@ -196,6 +198,10 @@ class Verifier(Protocol):
         """What will be asked if the coming COMMIT is lost, or what is known already. At most one round trip."""
         ...
 
+    def rolled_back(self, connection: DBAPIConnection) -> None:
+        """There will be no COMMIT: forget what was said of it."""
+        ...
+
     def settle(self, stake: Ticket | Finding, error: Exception) -> None:
         """COMMIT was lost in *error*: return if the work is stored, else raise ``CommitLost`` or ``CommitUnknown``."""
         ...
@@ -210,6 +216,9 @@ class Unverified:
     def stake(self, connection: DBAPIConnection) -> Finding:  # noqa: ARG002  # the null object's
         """Take nothing down."""
         return _UNVERIFIED
+
+    def rolled_back(self, connection: DBAPIConnection) -> None:
+        """Forget nothing."""
 
     def settle(self, stake: Ticket | Finding, error: Exception) -> Never:  # noqa: ARG002  # likewise
         """Raise ``CommitUnknown``."""
@@ -297,6 +306,13 @@ class Asking:
             self._complain(_POOLED.why)
             return _POOLED
         return Ticket(int(number), witness)
+
+    def rolled_back(self, connection: DBAPIConnection) -> None:
+        """Take the mark of a clean transaction out again: the next one may write."""
+        with suppress(
+            NotImplementedError
+        ):  # a stand-in of SQLAlchemy's, while the dialect gets to know the server
+            cast("Any", connection).info.pop(CLEAN_KEY, None)
 
     def _complain(self, reason: str) -> None:
         if not self._complained:

@@ -26,7 +26,7 @@ from tests.faults.served import serving
 from tests.faults.subject import Subject, prepare
 from tests.support import cleaned
 from tests.support.judge import FreshDatabase, assert_nothing_left, until
-from tests.support.proxy import FaultProxy, Mode, Verdict, at_commit, statement_of
+from tests.support.proxy import FaultProxy, Mode, Verdict, at_commit, at_statement, statement_of
 
 if TYPE_CHECKING:
     import random
@@ -313,6 +313,23 @@ async def test_a_commit_that_the_server_is_still_at_is_ended_before_it_is_called
         assert not await stored(judged, "x")
 
 
+async def test_a_question_that_is_never_answered_ends_before_any_commit(
+    judged: FreshDatabase, driver: str
+) -> None:
+    """COMMIT was not written, so nothing is unknown: an ordinary failure, in bounded time."""
+    async with proxied(judged, driver, connect_timeout=0.4) as (proxy, db, events):
+        proxy.on_client_message = at_statement("SELECT pg_current_xact_id_if_assigned", Verdict.LOSE)
+        with pytest.raises(DBAPIError) as caught:
+            await write(db, "x")
+        assert not isinstance(caught.value, CommitLost | CommitUnknown)
+        assert proxy.verdicts[Verdict.LOSE] == 1
+        assert not any(query.upper().startswith("COMMIT") for query in proxy.queries)
+        assert events == []
+        assert not await stored(judged, "x")
+        await write(db, "x")
+        await assert_nothing_left(judged, db)
+
+
 async def test_a_black_hole_that_closes_ends_in_the_truth(
     judged: FreshDatabase, driver: str, chance: random.Random
 ) -> None:
@@ -429,12 +446,14 @@ async def test_the_mark_of_a_clean_transaction_holds_for_that_one_alone(
 ) -> None:
     """On the same connection, a lost COMMIT of the next transaction is not taken for one of nothing written."""
     async with proxied(judged, driver) as (proxy, db, _):
-        async with db.transaction() as session:
-            await clean(session)
-        proxy.on_client_message = at_commit(Verdict.CUT)
-        with pytest.raises(CommitLost):
-            await write(db, "x")
-        assert proxy.verdicts[Verdict.CUT] == 1
+        for ending in ("commit", "rollback"):
+            async with db.session() as session:
+                await clean(session)
+                await getattr(session, ending)()
+            proxy.on_client_message = at_commit(Verdict.CUT)
+            with pytest.raises(CommitLost):
+                await write(db, "x")
+        assert proxy.verdicts[Verdict.CUT] == 2
 
 
 # Where it cannot be known -----------------------------------------------------------------------------------
