@@ -149,7 +149,7 @@ _UNWITNESSED: Final = Finding(Verdict.UNKNOWN, "this server does not let us see 
 _POOLED: Final = Finding(
     Verdict.UNKNOWN, "another server process commits than the one at connect: there is a pooler between"
 )
-_WAITS_FOR_STANDBY: Final = Finding(
+_UNREPLICATED: Final = Finding(
     Verdict.UNKNOWN, "the server has it, but waits for a synchronous standby to confirm it"
 )
 
@@ -394,9 +394,8 @@ class Asking:
         forced = False
         attempt = 0
         while (status := _status(connection, ticket.xid)) is Status.IN_PROGRESS:
-            ended = self._end_backend(connection, ticket.witness)
-            if ended is _WAITS_FOR_STANDBY:
-                return ended
+            if self._waits_for_standby(connection, ticket.witness):
+                return _UNREPLICATED
             forced = True
             attempt += 1
             pause = backoff(attempt, base=0.01, cap=0.1)
@@ -407,17 +406,17 @@ class Asking:
         return judge(ticket, Answer(status, _witness(_row(connection, _WITNESS)), forced))
 
     @staticmethod
-    def _end_backend(connection: DBAPIConnection, witness: Witness) -> Finding | None:
-        """End the lost connection's backend, so that what it had not committed never will be.
+    def _waits_for_standby(connection: DBAPIConnection, witness: Witness) -> bool:
+        """Whether the lost connection's backend waits for a synchronous standby; if not, end it.
 
-        Not one that waits for a synchronous standby: it has committed, and would be made to stop waiting.
+        What it had not committed then never will be. One that waits has committed, and would only stop waiting.
         """
         if witness.started is None:
-            return None
+            return False
         # The start time: the pid may be another backend's by now.
         this_one = f"pid = {witness.pid:d} AND {_STARTED} = {witness.started:d}"
         row = _row(connection, _END_BACKEND + this_one)
-        return _WAITS_FOR_STANDBY if row is not None and row[0] == "SyncRep" else None
+        return row is not None and row[0] == "SyncRep"
 
 
 def _row(connection: DBAPIConnection, sql: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
@@ -256,9 +256,13 @@ async def test_a_lost_commit_that_is_known_to_be_none_may_be_repeated_by_the_cli
 async def test_a_commit_found_stored_is_a_success_like_any_other(judged: FreshDatabase, driver: str) -> None:
     """Listeners hear of it, the pool drops the dead connection in silence, and the session goes on with another."""
     heard: list[str] = []
+
+    def note(_session: object) -> None:
+        heard.append("commit")
+
     async with proxied(judged, driver) as (proxy, db, events):
         async with db.session() as session:
-            event.listen(session.sync_session, "after_commit", lambda _session: heard.append("commit"))
+            event.listen(session.sync_session, "after_commit", note)
             proxy.on_client_message = at_commit(Verdict.CUT_ANSWER)
             await session.execute(WRITE, {"key": "one"})
             await session.commit()
@@ -410,6 +414,15 @@ async def test_an_aborted_transaction_is_refused_as_ever(judged: FreshDatabase, 
                     await (await session.connection()).execute(text("SELECT 1 / 0"))
                 await session.commit()
         await assert_nothing_left(judged, db)
+
+
+async def test_a_commit_that_fails_by_itself_is_not_asked_about(judged: FreshDatabase, driver: str) -> None:
+    """The connection lives, and the server has said what was wrong: a deferred constraint."""
+    async with proxied(judged, driver) as (_, db, events):
+        with pytest.raises(IntegrityError):
+            async with db.transaction() as session:
+                await session.execute(text("INSERT INTO children VALUES ('orphan', 1)"))
+        assert events == []
 
 
 async def test_a_lost_commit_of_nothing_written_is_a_success(judged: FreshDatabase, driver: str) -> None:
