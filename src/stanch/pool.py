@@ -17,6 +17,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.pool.base import ResetStyle, _ConnectionRecord
 from sqlalchemy.util import await_only
@@ -26,6 +27,7 @@ from stanch.callers import current_loop, current_task
 from stanch.errors import DatabaseUnavailable, PoolExhausted
 from stanch.events import ConnectionSevered, Observers, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
+from stanch.sqlstate import Kind, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -231,7 +233,14 @@ class Pool(SQLAlchemyPool):
             return connect()
         except Exception as error:
             if time.monotonic() < due:
-                raise
+                failure = None if isinstance(error, SQLAlchemyError) else classify(error)
+                if failure is None or failure.kind is not Kind.UNAVAILABLE:
+                    raise
+                # SQLAlchemy translates what asyncpg raises from a statement, not from its set-up of types.
+                raise DatabaseUnavailable(
+                    f"a new connection was lost before it was ready for use ({type(error).__name__})",
+                    remedies=["See whether the server was restarted just now: its log says so."],
+                ) from error
             raise DatabaseUnavailable(
                 f"a new connection was not ready for use within {timeout:.2f} s; it was severed",
                 remedies=[

@@ -271,9 +271,10 @@ class Asking:
             adapted.autocommit = autocommit
         except Exception as error:
             if self._driver.looks_dead(self._dialect.get_driver_connection(connection)):
+                # At this moment SQLAlchemy cannot tell a lost connection of psycopg's from any other error.
                 raise DatabaseUnavailable(
                     f"a new connection was lost before it was ready for use ({_trouble(error)})",
-                    remedies=["See whether the server has just been restarted, or is being so."],
+                    remedies=["See whether the server was restarted just now: its log says so."],
                 ) from error
             adapted.autocommit = autocommit
             self._complain(f"the server refused what must be known of it ({_trouble(error)})")

@@ -536,7 +536,7 @@ async def test_a_pooler_in_between_is_noticed(judged: FreshDatabase, driver: str
 
 async def test_a_backend_that_began_at_another_time_is_not_ended(judged: FreshDatabase, driver: str) -> None:
     """The pid may be somebody else's by now; here the time is wrong, and the backend the right one."""
-    settings: dict[str, Any] = {"commit_timeout": 0.2, "connect_timeout": 0.4}
+    settings: dict[str, Any] = {"commit_timeout": 0.2, "connect_timeout": 1.0}
     async with proxied(judged, driver, **settings) as (_, db, _events):
         async with db.connect() as connection:
             info = (await connection.get_raw_connection()).info
@@ -544,7 +544,7 @@ async def test_a_backend_that_began_at_another_time_is_not_ended(judged: FreshDa
             assert other.started is not None
             info[WITNESS_KEY] = type(other)(other.incarnation, other.pid, other.started + 1, False)
         try:
-            with pytest.raises(CommitUnknown, match="still at it"):
+            with pytest.raises(CommitUnknown, match=r"still at it|could be asked"):
                 async with db.transaction() as session:
                     await session.execute(text("INSERT INTO slow VALUES ('x', 20)"))
             assert await judged.fetch("SELECT FROM pg_stat_activity WHERE pid = $1", other.pid)
@@ -696,18 +696,18 @@ async def reuse(judged: FreshDatabase, xid: int, *, prefix: str) -> Any:
 
 async def test_committed_is_not_believed_after_a_crash(mortal: EmbeddedPostgres, driver: str) -> None:
     """A backend is killed before COMMIT arrives, others take its number: the naive question says *committed*."""
-    found = await crash_at_commit(mortal, driver, 3)
+    found = await crash_at_commit(mortal, driver, 5)
     assert found.wrong == []
-    assert found.naive_lies == 3, "the run is void: no number was handed out again"
+    assert found.naive_lies == 5, "the run is void: no number was handed out again"
     assert found.verdicts["stored"] == 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(400)
 async def test_committed_is_not_believed_after_twenty_crashes(mortal: EmbeddedPostgres, driver: str) -> None:
-    found = await crash_at_commit(mortal, driver, 10)
+    found = await crash_at_commit(mortal, driver, 20)
     assert found.wrong == []
-    assert found.naive_lies >= 8
+    assert found.naive_lies >= 16
     assert found.verdicts["stored"] == 0
 
 
