@@ -25,7 +25,7 @@ from stanch.verdict import CLEAN_KEY, WITNESS_KEY
 from tests.faults.served import serving
 from tests.faults.subject import Subject, prepare
 from tests.support import cleaned
-from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.judge import ACTIVITY, FreshDatabase, assert_nothing_left, until
 from tests.support.proxy import FaultProxy, Mode, Verdict, at_commit, at_statement, statement_of
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ async def test_a_hundred_random_cuts_around_commit_are_told_truly(
     assert (settled["committed"] > 0 and settled["aborted"] > 0) == verify
 
 
-@both
+@pytest.mark.parametrize("verify", [pytest.param(False, marks=pytest.mark.long), True])
 async def test_a_hundred_random_cuts_around_commit_are_answered_truly(
     judged: FreshDatabase, driver: str, chance: random.Random, tmp_path: Path, verify: bool
 ) -> None:
@@ -253,7 +253,9 @@ async def test_a_lost_commit_that_is_known_to_be_none_may_be_repeated_by_the_cli
 # One by one -------------------------------------------------------------------------------------------------
 
 
-async def test_a_commit_found_stored_is_a_success_like_any_other(judged: FreshDatabase, driver: str) -> None:
+async def test_a_commit_found_stored_is_a_success_like_any_other(
+    judged: FreshDatabase, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Listeners hear of it, the pool drops the dead connection in silence, and the session goes on with another."""
     heard: list[str] = []
 
@@ -287,6 +289,10 @@ async def test_a_commit_found_stored_is_a_success_like_any_other(judged: FreshDa
         assert [await stored(judged, key) for key in ("one", "two", "three", "four")] == [True] * 4
         await assert_nothing_left(judged, db)
         assert db.stats().idle == 1
+        await until(
+            judged, f"SELECT 1 FROM ({ACTIVITY}) others HAVING count(*) = 1"
+        )  # who was asked is gone, too
+        assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_commit_that_never_arrives_is_lost_for_certain(judged: FreshDatabase, driver: str) -> None:
@@ -719,7 +725,9 @@ async def test_what_was_stored_before_a_crash_is_never_called_lost(
     assert found.verdicts["unknown"] == 1
 
 
-@pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("driver", "answered"), [("asyncpg", False), pytest.param("psycopg", True, marks=pytest.mark.psycopg)]
+)
 async def test_a_standby_proves_nothing_until_it_is_promoted(
     driver: str, answered: bool, tmp_path: Path
 ) -> None:
