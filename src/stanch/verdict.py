@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Never, Protocol, cast
 from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from stanch.deadlines import Deadline, under
 from stanch.errors import CommitLost, CommitUnknown, DatabaseUnavailable
 from stanch.events import CommitSettled, CommitsUnverified
 from stanch.retry import backoff
@@ -228,7 +229,7 @@ class Unverified:
 class Asking:
     """Asks a PostgreSQL server, on a connection of its own beside the pool, which may be full.
 
-    An answer or *unknown* is there within *timeout* seconds. If the server is starting, or a standby is about to be
+    An answer or *unknown* is there within twice ``connect_timeout``, whatever deadline the unit has. If the server is starting, or a standby is about to be
     promoted, it is asked again (jittered backoff). All of it runs in sync style under SQLAlchemy's greenlet, out of
     reach of cancellation.
     """
@@ -310,9 +311,8 @@ class Asking:
 
     def rolled_back(self, connection: DBAPIConnection) -> None:
         """Take the mark of a clean transaction out again: the next one may write."""
-        with suppress(
-            NotImplementedError
-        ):  # a stand-in of SQLAlchemy's, while the dialect gets to know the server
+        # While the dialect gets to know the server, SQLAlchemy hands in a stand-in without an info.
+        with suppress(NotImplementedError):
             cast("Any", connection).info.pop(CLEAN_KEY, None)
 
     def _complain(self, reason: str) -> None:
@@ -343,6 +343,11 @@ class Asking:
                 raise _unknown(finding.why) from error
 
     def _ask(self, ticket: Ticket) -> Finding:
+        # The unit's own deadline may be what ended the COMMIT; it must not end the question too.
+        with under(Deadline.after(self._timeout, "verify_commits")):
+            return self._ask_until_answered(ticket)
+
+    def _ask_until_answered(self, ticket: Ticket) -> Finding:
         due = time.monotonic() + self._timeout
         attempt = 0
         while True:
