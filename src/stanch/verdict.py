@@ -229,9 +229,9 @@ class Unverified:
 class Asking:
     """Asks a PostgreSQL server, on a connection of its own beside the pool, which may be full.
 
-    An answer or *unknown* is there within twice ``connect_timeout``, whatever deadline the unit has. If the server is starting, or a standby is about to be
-    promoted, it is asked again (jittered backoff). All of it runs in sync style under SQLAlchemy's greenlet, out of
-    reach of cancellation.
+    An answer or *unknown* is there within twice ``connect_timeout``, whatever deadline the unit has. If the server is
+    starting, or a standby is about to be promoted, it is asked again (jittered backoff). All of it runs in sync style
+    under SQLAlchemy's greenlet, out of reach of cancellation.
     """
 
     def __init__(
