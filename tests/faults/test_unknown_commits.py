@@ -589,6 +589,19 @@ async def test_verifying_costs_one_round_trip_where_something_may_have_been_writ
     assert counted == {False: 0 if kind == "nothing" else 3, True: (0 if kind == "nothing" else 3) + extra}
 
 
+async def test_where_no_transaction_is_open_nothing_is_asked(judged: FreshDatabase, driver: str) -> None:
+    """In autocommit mode SQLAlchemy commits all the same, in Python."""
+    async with proxied(judged, driver) as (proxy, db, _):
+        for number in range(12):
+            if number == 7:
+                proxy.forget()
+            async with db.connect() as connection:
+                await connection.execution_options(isolation_level="AUTOCOMMIT")
+                await connection.execute(WRITE, {"key": f"{number}"})
+                await connection.commit()
+        assert proxy.round_trips == 5, "the statement itself, and nothing else"
+
+
 # Crashes and standbys ---------------------------------------------------------------------------------------
 
 
