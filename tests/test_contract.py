@@ -72,7 +72,16 @@ def test_pool_has_the_doors_that_ours_replaces() -> None:
 
 def test_pool_has_the_attributes_that_ours_takes_over() -> None:
     pool = QueuePool(lambda: None, pool_size=3, max_overflow=4, timeout=5, recycle=6, pre_ping=True)  # type: ignore[arg-type]  # never called
-    names = ["_creator", "_dialect", "_reset_on_return", "_recycle", "_pre_ping", "_timeout", "_max_overflow"]
+    names = [
+        "_creator",
+        "_invoke_creator",
+        "_dialect",
+        "_reset_on_return",
+        "_recycle",
+        "_pre_ping",
+        "_timeout",
+        "_max_overflow",
+    ]
     assert [name for name in names if not hasattr(pool, name)] == []
     assert (pool._recycle, pool._pre_ping, pool._timeout, pool._max_overflow) == (6, True, 5, 4)
     assert (pool.size(), pool.checkedin(), pool.checkedout()) == (3, 0, 0)

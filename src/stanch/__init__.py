@@ -5,6 +5,7 @@ from stanch.attempts import attempt_of
 from stanch.database import Database
 from stanch.errors import (
     AsyncSessionInSyncEndpoint,
+    CommitLost,
     CommitRefused,
     CommitUnknown,
     ConfigError,
@@ -33,6 +34,7 @@ from stanch.sqlstate import Failure, Kind, classify
 __all__ = [
     "AsyncSessionInSyncEndpoint",
     "Attempt",
+    "CommitLost",
     "CommitRefused",
     "CommitUnknown",
     "ConfigError",

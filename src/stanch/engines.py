@@ -24,6 +24,7 @@ from stanch.ledger import Stats
 from stanch.pool import Pool
 from stanch.seams import replace_transaction_ends, translate_errors
 from stanch.settings import Settings
+from stanch.verdict import Asking, Unverified
 from stanch.watch import Watch
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.events import Observers
+    from stanch.verdict import Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,14 @@ def from_engine(
 def beside_engine(engine: AsyncEngine, given: Mapping[str, Any]) -> Blueprint:
     """Use *engine* as it is, pool and all: only its sessions are ours."""
     settings = Settings.judge(**{**_habits_of(engine.sync_engine.pool), **given})
+    if settings.verify_commits:
+        raise ConfigError(
+            "verify_commits=True has no COMMIT to watch: with adopt=False the engine keeps its own",
+            remedies=[
+                "Leave out adopt=False, so that the engine is taken over.",
+                "Leave out verify_commits.",
+            ],
+        )
     return Blueprint(settings, driver_of_engine(engine), lambda: Equipped(engine, None))
 
 
@@ -121,12 +131,24 @@ def _equip(
     sync_engine = engine.sync_engine
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
-    replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database
     )
     sync_engine.pool = pool
+    verifier: Verifier = Unverified()
+    if settings.verify_commits and sync_engine.dialect.name == "postgresql":
+        verifier = Asking(
+            sync_engine.dialect,
+            settings,
+            driver=driver,
+            watch=watch,
+            observers=observers,
+            database=database,
+            open_beside=pool.open_beside,
+        )
+    verifier.attach(pool)
+    replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch, verifier=verifier)
     return Equipped(engine, pool)
 
 

@@ -131,6 +131,15 @@ class CommitUnknown(_Operational):
     error_code = "commit-unknown"
 
 
+class CommitLost(_Operational):
+    """The connection was lost during COMMIT, and it is known that the server rolled back: nothing is stored.
+
+    Only with ``verify_commits``; without it a lost COMMIT is ``CommitUnknown``. The work may be done again.
+    """
+
+    error_code = "commit-lost"
+
+
 class PartialCommit(StanchError):
     """A unit over several databases: some had committed when a later one failed.
 

@@ -102,6 +102,31 @@ class AttemptFailed(Event):
         return f"attempt {self.attempt} at {self.work} failed ({self.reason}); again in {self.pause:.3f} s"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitSettled(Event):
+    """A connection was lost during COMMIT, and ``verify_commits`` asked: *verdict* is committed, aborted or unknown."""
+
+    verdict: str
+    reason: str
+    waited: float
+
+    def __str__(self) -> str:
+        return (
+            f"a connection of database {self.database!r} was lost during COMMIT; after {self.waited:.2f} s"
+            f" the verdict is {self.verdict}: {self.reason}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitsUnverified(Event):
+    """``verify_commits`` is on, but has nothing to go by; told once. A lost COMMIT is unknown, as without it."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"commits of database {self.database!r} cannot be verified: {self.reason}"
+
+
 Observer = Callable[[Event], None]
 
 

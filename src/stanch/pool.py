@@ -1,9 +1,9 @@
 """A SQLAlchemy pool that is fair and bounded, keeps its books in a ledger, and asks the driver at every return.
 
 It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the private names ``_do_get``,
-``_do_return_conn``, ``_invalidate``, ``_creator``, ``_close_connection``, ``_dialect``, ``_ConnectionRecord``
-(its ``__init__(connect=)`` and ``get_connection``) stand in this module only, and ``tests/test_contract.py``
-holds them on the oldest and the newest supported SQLAlchemy.
+``_do_return_conn``, ``_invalidate``, ``_creator``, ``_invoke_creator``, ``_close_connection``, ``_dialect``,
+``_ConnectionRecord`` (its ``__init__(connect=)`` and ``get_connection``) stand in this module only, and
+``tests/test_contract.py`` holds them on the oldest and the newest supported SQLAlchemy.
 """
 
 # pyright: reportPrivateUsage=false
@@ -17,6 +17,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.pool.base import ResetStyle, _ConnectionRecord
 from sqlalchemy.util import await_only
@@ -26,6 +27,7 @@ from stanch.callers import current_loop, current_task
 from stanch.errors import DatabaseUnavailable, PoolExhausted
 from stanch.events import ConnectionSevered, Observers, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
+from stanch.sqlstate import Kind, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,6 +227,10 @@ class Pool(SQLAlchemyPool):
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
 
+    def open_beside(self) -> DBAPIConnection:
+        """A new connection beside the pool, which may be full: not on the books, and the caller's to close."""
+        return self._invoke_creator(None)  # type: ignore[arg-type]  # what it is for is nobody's entry
+
     def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
         """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""
         timeout = 2 * self._settings.connect_timeout
@@ -234,7 +240,14 @@ class Pool(SQLAlchemyPool):
             return connect()
         except Exception as error:
             if time.monotonic() < due:
-                raise
+                failure = None if isinstance(error, SQLAlchemyError) else classify(error)
+                if failure is None or failure.kind is not Kind.UNAVAILABLE:
+                    raise
+                # SQLAlchemy translates what asyncpg raises from a statement, not from its set-up of types.
+                raise DatabaseUnavailable(
+                    f"a new connection was lost before it was ready for use ({type(error).__name__})",
+                    remedies=["See whether the server was restarted just now: its log says so."],
+                ) from error
             raise DatabaseUnavailable(
                 f"a new connection was not ready for use within {timeout:.2f} s; it was severed",
                 remedies=[

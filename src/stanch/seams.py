@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import event
 
-from stanch.errors import CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
+from stanch.errors import CommitLost, CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
+from stanch.watch import undisturbed
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
@@ -21,19 +22,27 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.settings import Settings
+    from stanch.verdict import Verifier
     from stanch.watch import Watch
 
 
-def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driver, watch: Watch) -> None:
+def replace_transaction_ends(
+    engine: Engine, settings: Settings, *, driver: Driver, watch: Watch, verifier: Verifier
+) -> None:
     """Make COMMIT, ROLLBACK and ping of *engine* end within their timeouts, whatever is cancelled meanwhile.
 
-    COMMIT raises ``CommitUnknown`` if the connection was lost after it had been written, and is never cut
-    short by a cancellation. All three end in a severed connection if the server stays silent.
+    COMMIT is never cut short by a cancellation. If the connection was lost after it had been written, the
+    *verifier* has the word: it is ``CommitUnknown``, or the truth. All three end in a severed connection if
+    the server stays silent.
     """
     dialect = engine.dialect
     commit, rollback, ping = dialect.do_commit, dialect.do_rollback, dialect.do_ping
 
     def do_commit(connection: DBAPIConnection) -> None:
+        undisturbed(commit_and_settle, connection)
+
+    def commit_and_settle(connection: DBAPIConnection) -> None:
+        stake = verifier.stake(connection)
         inner = dialect.get_driver_connection(connection)
         # Dead before COMMIT is written: the server must roll back, so the outcome is known.
         lost_before = driver.looks_dead(inner)
@@ -43,11 +52,15 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
             raise
         except Exception as error:
             if driver.looks_dead(inner) and not lost_before:
-                raise _unknown() from error
+                verifier.settle(stake, error)
+                return
             raise
 
     def do_rollback(connection: DBAPIConnection) -> None:
+        verifier.rolled_back(connection)
         inner = dialect.get_driver_connection(connection)
+        if driver.looks_dead(inner):
+            return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
         if driver.is_idle(inner):
             # Nothing to roll back, nothing to wait for: a reader pays for no watch.
             rollback(connection)  # type: ignore[arg-type]  # given by position
@@ -79,7 +92,7 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
         if redacted:
             redact(context.sqlalchemy_exception or original)
         match original:
-            case CommitUnknown() | DeadlinePassed():
+            case CommitUnknown() | CommitLost() | DeadlinePassed():
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
@@ -103,16 +116,6 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
 def _asked_for_read_only(context: ExceptionContext) -> bool:
     connection = context.connection
     return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
-
-
-def _unknown() -> CommitUnknown:
-    return CommitUnknown(
-        "the connection was lost while COMMIT was on its way: the work may or may not be stored",
-        remedies=[
-            "Do not repeat the work blindly: look first whether it is there.",
-            "Give the work a key of the client's choosing, unique in its table; then repeating it is harmless.",
-        ],
-    )
 
 
 def _too_long(error: TimeoutError) -> DeadlinePassed:

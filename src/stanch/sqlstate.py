@@ -45,8 +45,9 @@ class Failure:
     disconnect: bool = False
 
 
-READ_ONLY_TRANSACTION: Final = "25006"
+INVALID_PARAMETER_VALUE: Final = "22023"
 IN_FAILED_TRANSACTION: Final = "25P02"
+READ_ONLY_TRANSACTION: Final = "25006"
 SERIALIZATION_FAILURE: Final = "40001"
 DEADLOCK_DETECTED: Final = "40P01"
 LOCK_NOT_AVAILABLE: Final = "55P03"
@@ -82,6 +83,8 @@ def classify(error: BaseException) -> Failure | None:
     match error:
         case errors.CommitUnknown():
             return Failure(Kind.UNKNOWN_OUTCOME, disconnect=True)
+        case errors.CommitLost():
+            return Failure(Kind.UNAVAILABLE, retryable=True, disconnect=True)
         case exc.TimeoutError():
             return Failure(Kind.POOL_FULL)
         case errors.DatabaseUnavailable() | errors.DatabaseClosed():

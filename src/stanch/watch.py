@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def undisturbed(call: Callable[..., T], *arguments: Any) -> T:
+    """``call(*arguments)`` to its end; a cancellation that came meanwhile is raised afterwards.
+
+    For code that runs under SQLAlchemy's greenlet; *call* runs under it as well, and must end by itself.
+    """
+    if is_out_of_reach():
+        return call(*arguments)
+    result: T = await_only(run_to_completion(greenlet_spawn(call, *arguments)))
+    return result
+
+
 class Watch:
     """Runs one blocking-style driver call within a timeout, out of reach of any cancellation.
 
@@ -43,9 +54,7 @@ class Watch:
         over.
         """
         guarded = _Guarded(self._driver, connection, timeout, what)
-        if is_out_of_reach():
-            return guarded.call(call, *arguments)
-        result: T = await_only(run_to_completion(greenlet_spawn(guarded.call, call, *arguments)))
+        result: T = undisturbed(guarded.call, call, *arguments)
         return result
 
 

@@ -90,6 +90,13 @@ class Settings:
     - ``hook_timeout`` = 10 s: one callback of ``on_commit`` or ``after_rollback``. The reply waits for it, so
       what takes longer belongs to a background task or a queue.
 
+    What is done about a COMMIT that was lost:
+
+    - ``verify_commits`` = False: it is ``CommitUnknown``. True asks the server what became of it, on a new
+      connection and for up to twice ``connect_timeout``: then it is a success, ``CommitLost``, or still unknown
+      (after a crash or failover). It costs a round trip before every COMMIT of a transaction that wrote, so it
+      is for those who want it. Not through PgBouncer.
+
     Limits that the server keeps, sent when a connection starts, in whole milliseconds. They overrule
     what ``ALTER ROLE`` says; ``None`` sends nothing and leaves the server's own setting:
 
@@ -101,7 +108,7 @@ class Settings:
       vacuum from its work; nothing of stanch's own idles that long.
 
     SQLite has no server: there stanch interrupts a statement at ``statement_timeout``, ``lock_timeout`` is
-    the busy timeout (5 s if None), and the other two have nothing to act on.
+    the busy timeout (5 s if None), and the other two and ``verify_commits`` have nothing to act on.
 
     ``pooler="pgbouncer"`` (None): transaction pooling. Named prepared statements are not used, and none of
     the three server limits is sent: PgBouncer passes unknown start-up parameters to nobody.
@@ -134,6 +141,7 @@ class Settings:
     commit_timeout: float = 30.0
     drain_timeout: float = 10.0
     hook_timeout: float = 10.0
+    verify_commits: bool = False
 
     application_name: str | None = None
     statement_timeout: float | None = 30.0
@@ -274,6 +282,12 @@ class Settings:
                 f"statement_timeout={self.statement_timeout:g} ends it first",
                 "Make lock_timeout shorter than statement_timeout, or leave it out.",
             )
+        if self.pooler is not None and self.verify_commits:
+            yield Complaint(
+                "verify_commits=True cannot be kept through PgBouncer in transaction mode: "
+                "every transaction may run in another server process",
+                "Leave verify_commits out, or connect past the pooler.",
+            )
         for name in _SERVER_TIMEOUTS:
             if self.pooler is not None and getattr(self, name) is not None:
                 yield Complaint(
@@ -308,6 +322,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "commit_timeout": Seconds("30.0"),
     "drain_timeout": Seconds("10.0"),
     "hook_timeout": Seconds("10.0"),
+    "verify_commits": Switch("True"),
     "application_name": Label('"shop"'),
     "statement_timeout": Seconds("30.0", optional=True),
     "lock_timeout": Seconds("10.0", optional=True),

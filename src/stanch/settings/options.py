@@ -54,6 +54,7 @@ class Options(EngineOptions, total=False):
     commit_timeout: float
     drain_timeout: float
     hook_timeout: float
+    verify_commits: bool
     application_name: str | None
     statement_timeout: float | None
     lock_timeout: float | None
