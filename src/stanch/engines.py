@@ -22,7 +22,7 @@ from stanch.drivers import driver_of, driver_of_engine
 from stanch.errors import ConfigError
 from stanch.ledger import Stats
 from stanch.pool import Pool
-from stanch.seams import replace_transaction_ends, translate_errors
+from stanch.seams import judge_statements, replace_transaction_ends, translate_errors
 from stanch.settings import Settings
 from stanch.watch import Watch
 
@@ -122,6 +122,7 @@ def _equip(
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
     replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch)
+    judge_statements(sync_engine)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database

@@ -155,7 +155,7 @@ class ConnectionCommitRefused(StanchError, exc.InvalidRequestError):
 
 
 class WriteRefused(StanchError, exc.InvalidRequestError):
-    """A unit that may only read ended with writes; they were rolled back."""
+    """A reader was asked to execute a write, which was not sent, or ended with writes, which were rolled back."""
 
     error_code = "write-refused"
 

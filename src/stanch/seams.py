@@ -7,17 +7,23 @@ the instance costs no event: ``Engine._has_events`` stays False.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
 from stanch.errors import CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
+from stanch.reading import Readers
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Engine
-    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
+    from sqlalchemy.engine.interfaces import (
+        DBAPIConnection,
+        DBAPICursor,
+        ExceptionContext,
+        ExecutionContext,
+    )
 
     from stanch.drivers import Driver
     from stanch.settings import Settings
@@ -65,6 +71,36 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
     dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_rollback = do_rollback  # type: ignore[method-assign,assignment]  # likewise; given by position
     dialect.do_ping = do_ping  # type: ignore[method-assign,assignment]  # likewise
+
+
+def judge_statements(engine: Engine) -> None:
+    """Look at each statement of *engine* before it is sent: a reader may not write.
+
+    ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
+    sends passes here, lazy loads included. For a connection of no reader this costs a look into its options.
+    """
+    dialect = engine.dialect
+    execute, execute_many = dialect.do_execute, dialect.do_executemany
+    execute_bare = dialect.do_execute_no_params
+    readers = Readers(dialect)
+
+    def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
+        readers.refuse_writes(statement, context)
+        execute(cursor, statement, parameters, context)
+
+    def do_executemany(
+        cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
+    ) -> None:
+        readers.refuse_writes(statement, context)
+        execute_many(cursor, statement, parameters, context)
+
+    def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
+        readers.refuse_writes(statement, context)
+        execute_bare(cursor, statement, context)
+
+    dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
+    dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise
+    dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
 
 
 def translate_errors(engine: Engine, *, redacted: bool) -> None:
