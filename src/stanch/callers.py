@@ -49,14 +49,9 @@ NOWHERE: Final = Place("?", 0, "?")
 def place_of_caller() -> Place:
     """The nearest line of user code on the stack of whoever calls, or ``NOWHERE``.
 
-    Frames of stanch and of installed packages are passed over.
+    Frames of stanch and of installed packages are passed over, and so are the walls between greenlets.
     """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # CPython's documented way to a frame without a traceback
-    while frame is not None:
-        if _is_users(frame):
-            return _place(frame)
-        frame = frame.f_back
-    return NOWHERE
+    return next((_place(frame) for frame in _running_frames() if _is_users(frame)), NOWHERE)
 
 
 def whereabouts(task: asyncio.Task[object] | None) -> str:
@@ -92,7 +87,7 @@ def current_task() -> asyncio.Task[object] | None:
 
 def _running_frames() -> Iterator[FrameType]:
     """The stack of whoever calls, innermost first; a greenlet's stack ends where it was switched to."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # see place_of_caller()
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # CPython's documented way to a frame without a traceback
     fiber: greenlet | None = getcurrent()
     while fiber is not None:
         while frame is not None:

@@ -122,7 +122,7 @@ def _equip(
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
     replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch)
-    judge_statements(sync_engine)
+    judge_statements(sync_engine, settings)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database

@@ -160,6 +160,12 @@ class WriteRefused(StanchError, exc.InvalidRequestError):
     error_code = "write-refused"
 
 
+class SessionStateRefused(StanchError, exc.InvalidRequestError):
+    """A statement would leave session state behind, where PgBouncer would hand it to whoever comes next."""
+
+    error_code = "session-state"
+
+
 class UnsavedWrites(StanchError, exc.InvalidRequestError):
     """A unit in manual commit mode succeeded, but left writes that nobody had committed; they were rolled back."""
 

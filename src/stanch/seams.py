@@ -7,17 +7,27 @@ the instance costs no event: ``Engine._has_events`` stays False.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from sqlalchemy import event
 
-from stanch.errors import CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
+from stanch.callers import place_of_caller
+from stanch.errors import (
+    CommitRefused,
+    CommitUnknown,
+    DatabaseUnavailable,
+    DeadlinePassed,
+    SessionStateRefused,
+)
 from stanch.reading import Readers
 from stanch.redaction import redact
+from stanch.session_state import INFO_KEY, State, session_state_of
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Engine
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy.engine import Dialect, Engine
     from sqlalchemy.engine.interfaces import (
         DBAPIConnection,
         DBAPICursor,
@@ -73,34 +83,82 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
     dialect.do_ping = do_ping  # type: ignore[method-assign,assignment]  # likewise
 
 
-def judge_statements(engine: Engine) -> None:
-    """Look at each statement of *engine* before it is sent: a reader may not write.
+def judge_statements(engine: Engine, settings: Settings) -> None:
+    """Look at each statement of *engine* before it is sent: a reader may not write, session state is noted.
 
     ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
-    sends passes here, lazy loads included. For a connection of no reader this costs a look into its options.
+    sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
     """
     dialect = engine.dialect
     execute, execute_many = dialect.do_execute, dialect.do_executemany
     execute_bare = dialect.do_execute_no_params
-    readers = Readers(dialect)
+    refuse_writes = Readers(dialect).refuse_writes
+    look_for_state = _what_looks_for_state(dialect, settings)
 
     def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        readers.refuse_writes(statement, context)
+        refuse_writes(statement, context)
+        look_for_state(statement, [parameters], context)
         execute(cursor, statement, parameters, context)
 
     def do_executemany(
         cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
     ) -> None:
-        readers.refuse_writes(statement, context)
+        refuse_writes(statement, context)
+        look_for_state(statement, parameters, context)
         execute_many(cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
-        readers.refuse_writes(statement, context)
+        refuse_writes(statement, context)
+        look_for_state(statement, [], context)
         execute_bare(cursor, statement, context)
 
     dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise
     dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
+
+
+def _what_looks_for_state(
+    dialect: Dialect, settings: Settings
+) -> Callable[[str, Sequence[Any], ExecutionContext], None]:
+    if dialect.name != "postgresql":
+        return lambda _statement, _parameters, _context: None
+    found = _note_state if settings.pooler is None else _refuse_state
+
+    def look_for_state(statement: str, parameters: Sequence[Any], context: ExecutionContext) -> None:
+        compiled = context.compiled
+        # The compiled text is the same object each time, so its hash is known; IN lists are not expanded in it.
+        if session_state_of(statement if compiled is None else compiled.string):
+            for state in session_state_of(statement):
+                if not (state.local_if and all(_is_true(state.local_if, row) for row in parameters)):
+                    found(state, context)
+
+    return look_for_state
+
+
+def _note_state(state: State, context: ExecutionContext) -> None:
+    """Write *state* into the connection's record, where the pool looks at its return."""
+    noted = context.root_connection.info.setdefault(INFO_KEY, {})
+    if state not in noted:
+        noted[state] = place_of_caller()
+
+
+def _refuse_state(state: State, _context: ExecutionContext) -> Never:
+    raise SessionStateRefused(
+        f"{state.what} outlives its transaction, and PgBouncer would hand it to whoever comes next; nothing was sent",
+        remedies=[
+            "Let it end with the transaction: SET LOCAL, set_config(…, …, true), pg_advisory_xact_lock().",
+            "For a temporary table: CREATE TEMP TABLE … ON COMMIT DROP.",
+            "What must live longer (LISTEN, PREPARE, LOAD) needs a connection past PgBouncer.",
+        ],
+    )
+
+
+def _is_true(placeholder: str, parameters: Any) -> bool:
+    try:
+        key = int(placeholder[1:]) - 1 if placeholder[0] == "$" else placeholder[2:-2]
+        return parameters[key] is True
+    except (LookupError, TypeError, ValueError):
+        return False
 
 
 def translate_errors(engine: Engine, *, redacted: bool) -> None:
