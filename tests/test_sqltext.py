@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -89,6 +90,7 @@ ATTACKS = [
     "SELECT pg_try_advisory_xact_lock_shared(1)",
     "SELECT pg_advisory_unlock_all()",
     "SELECT pg_notify('c', 'x')",
+    "SELECT setseed(0.5)",
     "SELECT lo_create(0)",
     "SELECT lowrite(0, 'x')",
     "SELECT pg_terminate_backend(1)",
@@ -124,6 +126,7 @@ ATTACKS = [
     "SELECT E'unterminated\\'",
     "SELECT 1 /* unterminated /* */",
     # characters
+    "SELECT 1\0",
     "SELECT 1\0; DELETE FROM t",
     "DELETE\u00a0FROM t",
     "\ufeffSELECT 1",
@@ -264,6 +267,37 @@ async def test_the_server_agrees_about_the_innocent(fresh_database: FreshDatabas
         harm = {sql: harm for sql in INNOCENT if (harm := await server.harm_of(sql)) is not None}
     assert not harm
     assert not server.no_sql
+
+
+HARMLESS = re.compile(
+    r"""
+      pg_stat_(get|have|file|clear|force)\w* | pg_(ls|read|current|last|control|get|partition)_\w+
+    | pg_\w*(size|_wal_summaries|_is_blocked|blocking_pids|_version|_mappings|_file_rules|_status|_value)
+    | pg_is_\w*(_paused|_recovery)
+    | pg_(jit_available|show_all_file_settings|prepared_xact|notification_queue_usage|wal_summary_contents)
+    | pg_(sleep|xact_commit_timestamp|show_replication_origin_status)\w*
+    | amvalidate | array_(sample|shuffle) | random(_normal)? | gen_random_uuid | uuidv[47] | clock_timestamp | timeofday
+    | current_query | currval | lastval | currtid2 | txid_status
+    | \w+(handler|validator) | bernoulli | system
+    """,
+    re.VERBOSE,
+)
+"""Looked at one by one: they tell something about the server, or give another value each time."""
+
+
+@pytest.mark.anyio
+async def test_each_volatile_function_of_the_server_is_refused_or_known_to_be_harmless(
+    fresh_database: FreshDatabase,
+) -> None:
+    rows = await fresh_database.fetch(
+        "SELECT DISTINCT proname::text FROM pg_proc WHERE provolatile = 'v'"
+        " AND pronamespace = 'pg_catalog'::regnamespace"
+        " AND prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype, 'internal'::regtype)"
+    )
+    volatile = {str(row[0]) for row in rows}
+    accepted = {name for name in volatile if objection_to_reading(f"SELECT {name}(1)") is None}
+    assert {name for name in accepted if not HARMLESS.fullmatch(name)} == set()
+    assert len(volatile - accepted) > 80
 
 
 def quoted(draw: random.Random) -> str:

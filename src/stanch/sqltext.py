@@ -128,15 +128,16 @@ _NO_STATEMENT: Final = "an empty statement"
 
 _WRITING_FUNCTIONS: Final = re.compile(
     r"""
-      nextval | setval | set_config | pg_notify
+      nextval | setval | set_config | setseed | pg_notify | pg_nextoid
     | pg_(try_)?advisory_\w+
     | lo_\w+ | loread | lowrite
     | pg_(cancel|terminate)_backend | pg_(reload_conf|rotate_logfile\w*|promote|export_snapshot)
     | pg_(switch_wal|create_restore_point|backup_(start|stop)|(start|stop)_backup|wal_replay_(pause|resume))
-    | pg_\w+_slots? | pg_(logical|replication|sync_replication)_\w+ | pg_stat\w*_reset\w*
+    | pg_\w+_slots? | pg_(logical|replication|sync_replication)_\w+ | pg_stat_(?!get_)(\w+_)?reset\w*
     | pg_(set|restore|clear)_(relation|attribute)_stats | pg_import_system_collations | pg_log_\w+
+    | pg_extension_config_dump | pg_stop_making_pinned_objects | pg_truncate_visibility_map | heap_force_\w+
     | pg_file_\w+ | pg_logdir_\w+ | brin_\w*summarize_\w+ | gin_clean_pending_list | binary_upgrade_\w+
-    | query_to_xml\w* | cursor_to_xml\w* | ts_stat | ts_rewrite | crosstab\w* | connectby | dblink\w*
+    | query_to_xml\w* | cursor_to_xml\w* | ts_stat | ts_rewrite | xpath_table | crosstab\w* | connectby | dblink\w*
     """,
     re.VERBOSE,
 )
