@@ -202,6 +202,9 @@ async def test_a_driver_level_statement_and_a_flush_of_a_reader_are_judged_too(
             connection = await session.connection()
             with pytest.raises(WriteRefused, match="DELETE"):
                 await connection.exec_driver_sql("DELETE FROM book")
+            await connection.execution_options(no_parameters=True)
+            with pytest.raises(WriteRefused, match="a second statement"):
+                await connection.exec_driver_sql("SELECT 1; DELETE FROM book")
         async with reader(db) as session:
             session.add_all([Shelf(id=8), Shelf(id=9)])
             with pytest.raises(WriteRefused, match="INSERT"):

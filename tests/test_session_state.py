@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import func, literal, select, text
+from sqlalchemy.exc import DBAPIError
 
 from stanch import Database, SessionStateRefused, rollback_only, seams
 from stanch.events import ConnectionSevered, SessionStateSet
 from stanch.session_state import CLEANING, State, session_state_of
+from stanch.sqlstate import sqlstate_of
 from tests.support import cleaned
-from tests.support.proxy import FaultProxy
+from tests.support.proxy import FaultProxy, Verdict, statement_of
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -220,6 +222,13 @@ async def test_state_set_past_the_session_is_seen_too(
             await connection.exec_driver_sql("SET work_mem = '7MB'")
             await connection.commit()
         assert await seen(db) == untouched
+        async with db.engine.connect() as connection:
+            bare = await connection.execution_options(no_parameters=True)
+            await bare.exec_driver_sql(
+                "SELECT 1; SET work_mem = '7MB'" if driver == "psycopg" else "SET work_mem = '7MB'"
+            )
+            await connection.commit()
+        assert await seen(db) == untouched
         async with db.begin() as connection:
             await connection.execute(text("DO $$ BEGIN PERFORM 1; SET work_mem = '7MB'; END $$"))
         assert await seen(db) == untouched
@@ -227,6 +236,51 @@ async def test_state_set_past_the_session_is_seen_too(
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             await connection.execute(text("SET work_mem = '7MB'"))
         assert await seen(db) == untouched
+
+
+async def test_a_role_and_a_sequence_are_back_where_the_connection_began(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    await fresh_database.execute(
+        "CREATE SEQUENCE s; GRANT USAGE ON SCHEMA public TO PUBLIC; GRANT USAGE ON s TO PUBLIC;"
+        f' ALTER DATABASE "{fresh_database.name}" SET role = pg_monitor'
+    )
+    db, events = make(fresh_database.url(driver), "strict")
+    async with db:
+        untouched = await seen(db)
+        assert untouched[0] == "pg_monitor"
+        async with db.begin() as connection:
+            await connection.execute(text("SET ROLE pg_read_all_stats"))
+            await connection.execute(text("SELECT nextval('s')"))
+        assert await seen(db) == untouched
+        async with db.connect() as connection:
+            with pytest.raises(DBAPIError) as failed:
+                await connection.execute(text("SELECT lastval()"))
+    assert sqlstate_of(failed.value) == "55000"  # not yet defined in this session
+    assert not events
+
+
+async def test_a_unit_cancelled_while_its_connection_is_cleaned_leaves_nothing_behind(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with FaultProxy(fresh_database.server.port) as proxy:
+        db, _ = make(proxy.through(fresh_database.url(driver)), "strict")
+        async with db:
+            untouched = await seen(db)
+            task = asyncio.create_task(unit(db, KINDS["advisory lock"], "commit"))
+            cancelled = 0
+
+            def cancel_when_cleaning(kind: str, payload: bytes) -> Verdict:
+                nonlocal cancelled
+                if (statement_of(kind, payload) or "").startswith(CLEANING[0]):
+                    cancelled += task.cancel()
+                return Verdict.FORWARD
+
+            proxy.on_client_message = cancel_when_cleaning
+            await asyncio.wait([task])
+            assert cancelled == 1
+            assert db.stats().in_use == 0
+            assert await seen(db) == untouched
 
 
 async def test_what_cannot_be_undone_costs_the_connection_in_strict_mode_too(

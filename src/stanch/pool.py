@@ -372,8 +372,7 @@ class Pool(SQLAlchemyPool):
     def _reset(self, slot: Slot, states: Mapping[State, Place]) -> bool:
         """Whether the session *states* that a unit left behind are gone; if not, somebody was told why."""
         undoing = [state.undo for state in states if state.undo is not None]
-        # The garbage collector cannot await.
-        if self._settings.reset == "strict" and len(undoing) == len(states) and in_greenlet():
+        if self._settings.reset == "strict" and len(undoing) == len(states):
             return self._cleaned(slot.driver_connection, "; ".join(filter(None, (*CLEANING, *undoing))))
         for state, place in states.items():
             if (state.what, place) not in self._told and len(self._told) < _TOLD_PLACES:
