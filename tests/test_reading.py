@@ -37,7 +37,7 @@ from stanch import Database, WriteRefused
 from stanch.reading import READER_OPTION, objection_to
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from tests.support.judge import FreshDatabase
 
@@ -96,9 +96,9 @@ WRITING: dict[str, Callable[[], Any]] = {
     "nextval in quotes": lambda: select(getattr(func, "nextval")("s")),  # noqa: B009  # as it is built from a name
     "set_config": lambda: select(func.set_config("role", "x", False)),
     "advisory lock": lambda: select(func.pg_advisory_lock(1)),
-    "a smuggled name": lambda: select(column(quoted_name("nextval('s')", quote=False))),
-    "a smuggled column": lambda: select(literal_column("nextval('s')")),
-    "a smuggled operator": lambda: select(literal_column("1").op("+ nextval('s') +")(1)),
+    "a smuggled name": lambda: select(column(quoted_name("nextval('s')", quote=False), Integer)),
+    "a smuggled column": lambda: select(literal_column("nextval('s')", Integer)),
+    "a smuggled operator": lambda: select(literal_column("1", Integer).op("+ nextval('s') +")(1)),
     "a text in where": lambda: select(Book).where(text("nextval('s') > 0")),
     "a prefix": lambda: select(Book).prefix_with("nextval('s'),"),
     "a suffix": lambda: select(Book).suffix_with("FOR UPDATE"),
@@ -136,7 +136,7 @@ READING: dict[str, Callable[[], Any]] = {
 
 
 @asynccontextmanager
-async def library(judged: FreshDatabase, driver: str) -> AsyncIterator[Database[AsyncSession]]:
+async def library(judged: FreshDatabase, driver: str) -> AsyncGenerator[Database[AsyncSession]]:
     async with Database(judged.url(driver), pool_size=1, max_overflow=0) as db:
         async with db.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
@@ -157,7 +157,7 @@ async def unharmed(judged: FreshDatabase) -> None:
 
 
 @asynccontextmanager
-async def reader(db: Database[AsyncSession]) -> AsyncIterator[AsyncSession]:
+async def reader(db: Database[AsyncSession]) -> AsyncGenerator[AsyncSession]:
     """A plain session on a reader's connection, which commits each statement by itself."""
     async with db.connect() as connection:
         await connection.execution_options(isolation_level="AUTOCOMMIT", **{READER_OPTION: "a test"})
@@ -190,7 +190,7 @@ async def test_a_reader_may_execute_whatever_only_reads(fresh_database: FreshDat
         assert [book.update for book in await shelf.awaitable_attrs.books] == ["a"]  # a lazy load
         await session.refresh(shelf)
         await unharmed(fresh_database)
-        assert not db.engine.sync_engine._has_events
+        assert not db.engine.sync_engine._has_events  # pyright: ignore[reportPrivateUsage]  # what the seam is for
 
 
 @pytest.mark.anyio
@@ -272,7 +272,7 @@ def harmful(draw: random.Random) -> Any:
         case 2:
             return select(Book.id).with_for_update()
         case 3:
-            return select(literal_column("pg_advisory_lock(3)"))
+            return select(literal_column("pg_advisory_lock(3)", Integer))
         case _:
             return select(delete(BOOK).returning(BOOK.c.id).cte("bad"))
 

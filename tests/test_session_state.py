@@ -137,7 +137,11 @@ async def test_the_next_borrower_meets_nothing_of_the_one_before(
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the eyes away: no state is noted any more."""
-    monkeypatch.setattr(seams, "_note_state", lambda _state, _context: None)
+
+    def note_nothing(_state: State, _context: object) -> None:
+        pass
+
+    monkeypatch.setattr(seams, "_note_state", note_nothing)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

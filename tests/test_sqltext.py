@@ -14,7 +14,7 @@ from stanch.sqltext import is_plain_reading, objection_to_reading
 from tests.support.judge import raw_connect
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from tests.support.judge import FreshDatabase, RawConnection
 
@@ -253,7 +253,7 @@ class Sentinel:
 
 
 @asynccontextmanager
-async def sentinel(judged: FreshDatabase) -> AsyncIterator[Sentinel]:
+async def sentinel(judged: FreshDatabase) -> AsyncGenerator[Sentinel]:
     await judged.execute("CREATE SEQUENCE s; CREATE TABLE t AS SELECT 1 AS a")
     connection = await raw_connect(judged.url(None))
     try:

@@ -1,4 +1,4 @@
-"""Keeps a reader to reading: whatever it executes is judged by the very text that the server would get.
+"""Keeps a reader to reading: whatever it executes is judged by the text that SQLAlchemy would send.
 
 A reader runs without BEGIN, so a write that slipped through would be durable at once. ``objection_to`` looks at
 the kind of a statement, before a connection is taken. ``Readers`` judges what is about to be sent: lazy loads, CTEs at
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.orm import FromStatement
@@ -88,9 +88,12 @@ class Readers:
             raise refusal(objection, reader if isinstance(reader, str) else "a reader")
 
     def _objection_to(self, sql: str, context: ExecutionContext) -> str | None:
-        objection = objection_to_reading(sql)
-        if objection is None or (compiled := context.compiled) is None:
-            return objection
+        if (compiled := context.compiled) is None:
+            return objection_to_reading(sql)
+        # Not the text with its IN lists expanded, which is another one for each length.
+        objection = objection_to_reading(compiled.string)
+        if objection is None:
+            return None
         # SQLAlchemy leaves a column that is called "update" unquoted, because PostgreSQL allows it.
         if compiled not in self._remembered:
             self._remembered[compiled] = self._objection_when_quoted(compiled, objection)
@@ -113,7 +116,7 @@ def _quoting_everything(dialect: Dialect) -> Dialect:
         def quote(self, ident: str, force: object = None) -> str:  # noqa: ARG002  # SQLAlchemy's signature
             # A plain word only: quoted_name(..., quote=False) can smuggle anything else in as a name.
             quoted = self.quote_identifier if _PLAIN_WORD.fullmatch(ident) else super().quote
-            return cast("str", quoted(ident))
+            return str(quoted(ident))
 
     quoting = copy.copy(dialect)
     quoting.identifier_preparer = Quoting(quoting)

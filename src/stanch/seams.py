@@ -25,9 +25,9 @@ from stanch.session_state import INFO_KEY, State, session_state_of
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from sqlalchemy.engine import Dialect, Engine
+    from sqlalchemy.engine import Engine
     from sqlalchemy.engine.interfaces import (
         DBAPIConnection,
         DBAPICursor,
@@ -93,23 +93,35 @@ def judge_statements(engine: Engine, settings: Settings) -> None:
     execute, execute_many = dialect.do_execute, dialect.do_executemany
     execute_bare = dialect.do_execute_no_params
     refuse_writes = Readers(dialect).refuse_writes
-    look_for_state = _what_looks_for_state(dialect, settings)
+    state_of = session_state_of if dialect.name == "postgresql" else _stateless
+    found = _note_state if settings.pooler is None else _refuse_state
+
+    def look(statement: str, rows: Sequence[Any], context: ExecutionContext) -> None:
+        for state in state_of(statement):
+            if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
+                found(state, context)
+
+    # In all three: the compiled text is the same object each time, so its hash is known, and IN lists are not
+    # expanded in it; what was executed as a string has none.
 
     def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
         refuse_writes(statement, context)
-        look_for_state(statement, [parameters], context)
+        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
+            look(statement, [parameters], context)
         execute(cursor, statement, parameters, context)
 
     def do_executemany(
         cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
     ) -> None:
         refuse_writes(statement, context)
-        look_for_state(statement, parameters, context)
+        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
+            look(statement, parameters, context)
         execute_many(cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         refuse_writes(statement, context)
-        look_for_state(statement, [], context)
+        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
+            look(statement, [], context)
         execute_bare(cursor, statement, context)
 
     dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
@@ -117,22 +129,9 @@ def judge_statements(engine: Engine, settings: Settings) -> None:
     dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
 
 
-def _what_looks_for_state(
-    dialect: Dialect, settings: Settings
-) -> Callable[[str, Sequence[Any], ExecutionContext], None]:
-    if dialect.name != "postgresql":
-        return lambda _statement, _parameters, _context: None
-    found = _note_state if settings.pooler is None else _refuse_state
-
-    def look_for_state(statement: str, parameters: Sequence[Any], context: ExecutionContext) -> None:
-        compiled = context.compiled
-        # The compiled text is the same object each time, so its hash is known; IN lists are not expanded in it.
-        if session_state_of(statement if compiled is None else compiled.string):
-            for state in session_state_of(statement):
-                if not (state.local_if and all(_is_true(state.local_if, row) for row in parameters)):
-                    found(state, context)
-
-    return look_for_state
+def _stateless(_sql: str) -> tuple[State, ...]:
+    """What a statement leaves in a session where there is none: SQLite."""
+    return ()
 
 
 def _note_state(state: State, context: ExecutionContext) -> None:
