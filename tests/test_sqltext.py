@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from contextlib import asynccontextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
 
+from stanch.session_state import session_state_of
 from stanch.sqltext import is_plain_reading, objection_to_reading
 from tests.support.judge import raw_connect
 
@@ -195,6 +197,23 @@ def test_what_writes_is_refused_wherever_it_hides(sql: str) -> None:
 @pytest.mark.parametrize("sql", INNOCENT)
 def test_what_only_looks_like_a_write_is_accepted(sql: str) -> None:
     assert objection_to_reading(sql) is None
+
+
+def test_a_first_word_that_is_no_command_is_not_repeated() -> None:
+    assert objection_to_reading("hunter2 is my password") == "no statement that is known"
+    assert objection_to_reading("drop table t") == "DROP"
+
+
+@pytest.mark.parametrize(
+    "piece", ["-", "--", "--\n", "''", "'", "\\'", "$", "$a$", '"', "/*", "*/", "(", " \n", "a"]
+)
+def test_a_long_text_is_read_in_time_that_grows_with_its_length(piece: str) -> None:
+    """Not twice as long for each character more."""
+    begun = time.monotonic()
+    for start in ("SELECT ", "SELECT E'a'", "SELECT E'a'\n", "SELECT '", "SELECT $b$", "SELECT /*"):
+        objection_to_reading(start + piece * 2000)
+        session_state_of(start + piece * 2000 + " set")
+    assert time.monotonic() - begun < 5
 
 
 # PostgreSQL as the judge ----------------------------------------------------------------------------------

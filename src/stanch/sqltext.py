@@ -53,8 +53,11 @@ class Unreadable(ValueError):
 
 # All characters above ASCII may stand in an identifier, also those that look like white space.
 _LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
-_BREAK: Final = r"(?:[ \t\f\v]|--[^\n\r]*)*[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*[\n\r])*"
-"""What may stand between two parts of one string constant: the second is read by the rules of the first."""
+_BREAK: Final = r"(?:[ \t\f\v]|--[^\n\r]*+)*+[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*+[\n\r])*+"
+"""What may stand between two parts of one string constant: the second is read by the rules of the first.
+
+All repetitions here and below are possessive: a long text is read once, not in every way it could be cut.
+"""
 _ESCAPED: Final = r"'(?:[^'\\]|\\.|'')*+'"
 
 _TOKEN: Final = re.compile(
@@ -124,6 +127,12 @@ def _end_of_comment(sql: str, position: int) -> int:
 
 _READING: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW"})
 _WRITING: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "INTO", "SET", "LOCK", "CREATE"})
+_COMMANDS: Final = re.compile(
+    "ALTER|ANALYZE|BEGIN|CALL|CHECKPOINT|CLOSE|CLUSTER|COMMENT|COMMIT|COPY|CREATE|DEALLOCATE|DECLARE|DELETE|DISCARD|DO|"
+    "DROP|END|EXECUTE|EXPLAIN|FETCH|GRANT|IMPORT|INSERT|LISTEN|LOAD|LOCK|MERGE|MOVE|NOTIFY|PRAGMA|PREPARE|REFRESH|"
+    "REINDEX|RELEASE|RESET|REVOKE|ROLLBACK|SAVEPOINT|SECURITY|SET|START|TRUNCATE|UNLISTEN|UPDATE|VACUUM"
+)
+"""What an error may name; another first word might be anything."""
 _NO_STATEMENT: Final = "an empty statement"
 
 _WRITING_FUNCTIONS: Final = re.compile(
@@ -178,7 +187,7 @@ def _objection_to(statement: Sequence[Token]) -> str | None:
     if keyword is None:
         return _NO_STATEMENT
     if keyword not in _READING:
-        return keyword if keyword.isascii() and 0 < len(keyword) < 20 else "no statement that is known"
+        return keyword if _COMMANDS.fullmatch(keyword) else "no statement that is known"
     before: tuple[str, ...] = ()
     called = ""
     for token in statement:
