@@ -21,6 +21,7 @@ from sqlalchemy import (
     insert,
     lambda_stmt,
     literal_column,
+    make_url,
     null,
     select,
     text,
@@ -34,7 +35,7 @@ from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.sql import column, quoted_name
 
 from stanch import Database, WriteRefused
-from stanch.reading import READER_OPTION, objection_to
+from stanch.reading import READER_OPTION, objection_to, objection_when_compiled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -66,6 +67,7 @@ class Book(Base):
 
 
 BOOK: Any = Book.__table__
+DIALECT = make_url("postgresql+asyncpg://").get_dialect()()
 INSERTED = insert(BOOK).values(id=7, shelf_id=1, update="x").returning(BOOK.c.id)
 
 WRITING: dict[str, Callable[[], Any]] = {
@@ -238,6 +240,16 @@ async def test_who_is_no_reader_is_left_alone(fresh_database: FreshDatabase, dri
 )
 def test_the_kind_alone_is_judged_before_a_connection_is_taken(statement: Any, objection: str) -> None:
     assert objection_to(statement) == objection
+
+
+@pytest.mark.parametrize("kind", WRITING)
+def test_a_statement_for_an_engine_that_is_not_ours_is_compiled_to_be_judged(kind: str) -> None:
+    assert objection_when_compiled(WRITING[kind](), DIALECT) is not None
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_what_only_reads_passes_there_too(kind: str) -> None:
+    assert objection_when_compiled(READING[kind](), DIALECT) is None
 
 
 # A random statement ---------------------------------------------------------------------------------------

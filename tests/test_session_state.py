@@ -234,6 +234,10 @@ async def test_state_set_past_the_session_is_seen_too(
             await connection.commit()
         assert await seen(db) == untouched
         async with db.begin() as connection:
+            rows = [{"tenant": "six", "local": True}, {"tenant": "seven", "local": False}]
+            await connection.execute(text("SELECT set_config('app.tenant', :tenant, :local)"), rows)
+        assert await seen(db) == untouched
+        async with db.begin() as connection:
             await connection.execute(text("DO $$ BEGIN PERFORM 1; SET work_mem = '7MB'; END $$"))
         assert await seen(db) == untouched
         async with db.connect() as connection:

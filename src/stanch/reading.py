@@ -66,6 +66,21 @@ def objection_to(statement: Any) -> str | None:
             return type(statement).__name__
 
 
+def objection_when_compiled(statement: Any, dialect: Dialect) -> str | None:
+    """What ``Readers`` would find in *statement*, for an engine that is not ours and where they do not look.
+
+    Compiles it each time, which costs some 100 µs. What cannot be compiled by itself is refused.
+    """
+    if (objection := objection_to(statement)) is not None:
+        return objection
+    if isinstance(statement, FunctionElement):
+        statement = statement.select()  # what executing a function means
+    try:
+        return objection_to_reading(str(statement.compile(dialect=_quoting_everything(dialect))))
+    except Exception:  # noqa: BLE001  # whatever it is, it is not known to read
+        return type(statement).__name__
+
+
 def _may_read(statement: Any) -> bool:
     return isinstance(statement, FunctionElement) or any(
         getattr(statement, trait, False) for trait in ("is_select", "is_text")
