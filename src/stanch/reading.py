@@ -73,10 +73,10 @@ def objection_when_compiled(statement: Any, dialect: Dialect) -> str | None:
     """
     if (objection := objection_to(statement)) is not None:
         return objection
-    if isinstance(statement, FunctionElement):
-        statement = statement.select()  # what executing a function means
+    # Executing a function means selecting it.
+    executed: Any = statement.select() if isinstance(statement, FunctionElement) else statement
     try:
-        return objection_to_reading(str(statement.compile(dialect=_quoting_everything(dialect))))
+        return objection_to_reading(str(executed.compile(dialect=_quoting_everything(dialect))))
     except Exception:  # noqa: BLE001  # whatever it is, it is not known to read
         return type(statement).__name__
 
