@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy.orm import FromStatement
@@ -73,12 +73,17 @@ def objection_when_compiled(statement: Any, dialect: Dialect) -> str | None:
     """
     if (objection := objection_to(statement)) is not None:
         return objection
-    # Executing a function means selecting it.
-    executed: Any = statement.select() if isinstance(statement, FunctionElement) else statement
     try:
-        return objection_to_reading(str(executed.compile(dialect=_quoting_everything(dialect))))
+        compiled = _as_executed(statement).compile(dialect=_quoting_everything(dialect))
     except Exception:  # noqa: BLE001  # whatever it is, it is not known to read
         return type(statement).__name__
+    return objection_to_reading(str(compiled))
+
+
+def _as_executed(statement: Any) -> Any:
+    if isinstance(statement, FunctionElement):
+        return cast("Any", statement).select()  # what executing a function means to SQLAlchemy
+    return statement
 
 
 def _may_read(statement: Any) -> bool:
