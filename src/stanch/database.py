@@ -338,7 +338,14 @@ class Database(Gathering[S], Generic[S]):
     def _terms(self) -> Terms:
         settings = self.settings
         runner = Runner(database=self.name, observers=self._observers, timeout=settings.hook_timeout)
-        return Terms(self.name, self.driver, settings, self._observers, runner)
+        return Terms(
+            self.name,
+            self.driver,
+            settings,
+            self._observers,
+            runner,
+            judges_statements=self._equipped.pool is not None,
+        )
 
     @cached_property
     def _equipped(self) -> Equipped:

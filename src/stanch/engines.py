@@ -22,7 +22,7 @@ from stanch.drivers import driver_of, driver_of_engine
 from stanch.errors import ConfigError
 from stanch.ledger import Stats
 from stanch.pool import Pool
-from stanch.seams import replace_transaction_ends, translate_errors
+from stanch.seams import judge_statements, replace_transaction_ends, translate_errors
 from stanch.settings import Settings
 from stanch.verdict import Asking, Unverified
 from stanch.watch import Watch
@@ -131,6 +131,7 @@ def _equip(
     sync_engine = engine.sync_engine
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
+    judge_statements(sync_engine, settings)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database

@@ -179,9 +179,15 @@ class SavepointGone(StanchError, exc.InvalidRequestError):
 
 
 class WriteRefused(StanchError, exc.InvalidRequestError):
-    """A unit that may only read ended with writes; they were rolled back."""
+    """A reader was asked to execute a write, which was not sent, or ended with writes, which were rolled back."""
 
     error_code = "write-refused"
+
+
+class SessionStateRefused(StanchError, exc.InvalidRequestError):
+    """A statement would leave session state behind, where PgBouncer would hand it to whoever comes next."""
+
+    error_code = "session-state"
 
 
 class UnsavedWrites(StanchError, exc.InvalidRequestError):

@@ -46,6 +46,23 @@ class ConnectionSevered(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SessionStateSet(Event):
+    """A unit left state in the server's session; the connection was closed, so that nobody else meets it.
+
+    Told once for each *place*, a line of the user's code, and kind of state.
+    """
+
+    what: str
+    place: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} at {self.place} outlives its transaction; the connection of database"
+            f" {self.database!r} was closed instead of being reused"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StillHeld(Event):
     """``close()`` stopped waiting for this holder and severed its connection."""
 

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import Pool as SQLAlchemyPool
@@ -25,23 +25,29 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_loop, current_task
 from stanch.errors import DatabaseUnavailable, PoolExhausted
-from stanch.events import ConnectionSevered, Observers, StillHeld
+from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
+from stanch.session_state import CLEANING, INFO_KEY
 from stanch.sqlstate import Kind, classify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+    from stanch.callers import Place
     from stanch.drivers import Driver
     from stanch.ledger import Checkout
+    from stanch.session_state import State
     from stanch.settings import Settings
     from stanch.watch import Watch
 
 _SHOWN_HOLDERS: Final = 3
 """How many holders a ``PoolExhausted`` names; more would hide the first."""
+
+_TOLD_PLACES: Final = 1000
+"""How many places that set session state are told of; generated code could have any number."""
 
 
 class Slot(_ConnectionRecord):
@@ -111,6 +117,7 @@ class Pool(SQLAlchemyPool):
         self._disposed = False
         self._pid = os.getpid()
         self._of_the_parent: list[Ledger[Slot]] = []
+        self._told: set[tuple[str, Place]] = set()
         self.generation = 0
         self.admit: Callable[[], None] = _everybody
         """Asked before each checkout; raises what speaks against it."""
@@ -379,6 +386,38 @@ class Pool(SQLAlchemyPool):
             self._observers.tell(
                 ConnectionSevered(database=self._database, reason="it was not idle when it was returned")
             )
+        elif (states := slot.info.pop(INFO_KEY, None)) and not self._reset(slot, states):
+            self._drop(slot)
+
+    def _reset(self, slot: Slot, states: Mapping[State, Place]) -> bool:
+        """Whether the session *states* that a unit left behind are gone; if not, somebody was told why."""
+        undoing = [state.undo for state in states if state.undo is not None]
+        if self._settings.reset == "strict" and len(undoing) == len(states):
+            return self._cleaned(slot.driver_connection, "; ".join(filter(None, (*CLEANING, *undoing))))
+        for state, place in states.items():
+            if (state.what, place) not in self._told and len(self._told) < _TOLD_PLACES:
+                self._told.add((state.what, place))
+                self._observers.tell(
+                    SessionStateSet(database=self._database, what=state.what, place=str(place))
+                )
+        return False
+
+    def _cleaned(self, connection: Any, sql: str) -> bool:
+        def clean() -> None:
+            await_only(self._driver.clean(connection, sql))
+
+        try:
+            self._watch.run(
+                clean,
+                connection=connection,
+                timeout=self._settings.close_timeout,
+                what="resetting the session state",
+            )
+        except Exception as error:  # noqa: BLE001  # the unit is over; it is not told of this
+            reason = f"its session state could not be reset ({type(error).__name__})"
+            self._observers.tell(ConnectionSevered(database=self._database, reason=reason))
+            return False
+        return True
 
     def _drop(self, slot: Slot) -> None:
         """Cut the connection off without awaiting; the slot itself stays and can be connected anew."""

@@ -42,8 +42,10 @@ from stanch.errors import (
     WriteRefused,
 )
 from stanch.hooks import Frame, Hooks, Outcome
+from stanch.reading import READER_OPTION, objection_to, objection_when_compiled, refusal
 from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
+from stanch.sqltext import is_plain_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
 """First keywords of text() that certainly write; what else may write is not guessed here."""
+_SETTING_WORDS: Final = frozenset({"SET", "RESET", "SHOW"})
+"""First keywords that change no row, whatever follows."""
 
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
@@ -74,6 +78,8 @@ class Terms:
     settings: Settings
     observers: Observers
     hooks: Runner
+    judges_statements: bool
+    """Whether the engine is ours, and looks at each statement that is about to be sent."""
 
 
 class Owner(NamedTuple):
@@ -211,6 +217,11 @@ class Guard:
         if what not in self.wrote:
             self.wrote.append(what)
 
+    def note_doubt(self, what: str) -> None:
+        """Remember that *what* was executed, of which only the server knows whether it wrote."""
+        if what not in self.doubtful:
+            self.doubtful.append(what)
+
 
 class GuardedSession(Session):
     """The mixin. ``guard`` is set by whoever makes the session; see ``guarded``."""
@@ -257,10 +268,8 @@ class GuardedSession(Session):
                 self._judge_reading(statement, keywords.get("execution_options", _NO_OPTIONS))
             elif getattr(statement, "is_dml", False):
                 guard.note_write(_table_of(statement))
-            elif (
-                isinstance(statement, TextClause) and (word := _first_word(statement.text)) in _WRITING_WORDS
-            ):
-                guard.note_write(f"text({word})")
+            elif isinstance(statement, TextClause) and not is_plain_reading(statement.text):
+                self._note_text(statement.text)
             result = super()._execute_internal(statement, *arguments, **keywords)
             if keywords.get("execution_options", _NO_OPTIONS).get("stream_results"):
                 guard.streams.append(result)
@@ -272,6 +281,13 @@ class GuardedSession(Session):
             if guard.reading and guard.outermost:
                 self._end_reading()
             guard.leave()
+
+    def _note_text(self, sql: str) -> None:
+        word = _first_word(sql)
+        if word in _WRITING_WORDS:
+            self.guard.note_write(f"text({word})")
+        elif word not in _SETTING_WORDS:
+            self.guard.note_doubt(f"text({word})")
 
     def close_streams(self) -> None:
         """End what still fetches: the connection is about to be somebody else's."""
@@ -420,7 +436,7 @@ class GuardedSession(Session):
         self.guard.reading = True
         # What was changed waits for the end of the unit, or for a writer; a read must not write it.
         self.autoflush = False
-        self.guard.connection_options = self.terms.driver.reader_options
+        self.guard.connection_options = {**self.terms.driver.reader_options, READER_OPTION: self.guard.holder}
 
     def stop_reading(self) -> None:
         """From the next statement on this is a writer, with the objects it has read so far."""
@@ -429,10 +445,16 @@ class GuardedSession(Session):
         self.guard.connection_options = {}
 
     def _judge_reading(self, statement: Any, options: Mapping[str, Any]) -> None:
-        if options.get("stream_results") or options.get("yield_per"):
+        own: Mapping[str, Any] = getattr(statement, "_execution_options", _NO_OPTIONS)
+        if any(each.get("stream_results") or each.get("yield_per") for each in (options, own)):
             self._refuse_to_read("stream() or yield_per")
-        if getattr(statement, "is_dml", False):
-            self._refuse_to_read(type(statement).__name__)
+        objection = (
+            objection_to(statement)
+            if self.terms.judges_statements
+            else objection_when_compiled(statement, self.get_bind().dialect)
+        )
+        if objection is not None:
+            self._refuse_to_read(objection)
 
     def _end_reading(self) -> None:
         """Give the connection back. What was read stays as it is, and what is pending stays pending."""
@@ -441,13 +463,7 @@ class GuardedSession(Session):
             transaction.close()
 
     def _refuse_to_read(self, what: str) -> Never:
-        raise WriteRefused(
-            f"{self.guard.holder} asked for a reader, which does not allow {what}",
-            remedies=[
-                "Ask for SessionDep, or use async with db.transaction(), where something is written.",
-                "For several reads of one moment: db.transaction(read_only=True, isolation_level='REPEATABLE READ').",
-            ],
-        )
+        raise refusal(what, self.guard.holder)
 
     # What went wrong, and who promised --------------------------------------------------------------------
 

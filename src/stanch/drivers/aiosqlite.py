@@ -291,6 +291,10 @@ class AiosqliteDriver(Driver):
         return getattr(connection, "asked", 0) == getattr(connection, "answered", 0)
 
     @override
+    async def clean(self, connection: Any, sql: str) -> None:
+        pass  # SQLite has no server in whose session anything could stay
+
+    @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         dialect = engine.sync_engine.dialect
         # On the instance, not by a "begin" listener: that would cost every statement of the engine.

@@ -171,6 +171,10 @@ class AsyncpgDriver(Driver):
         return _Probe.finds_free(connection)
 
     @override
+    async def clean(self, connection: Any, sql: str) -> None:
+        await connection.execute(sql)
+
+    @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         pass
 

@@ -76,6 +76,13 @@ class Driver(Protocol):
         """Whether *connection* is open and neither in an operation nor in a transaction."""
         ...
 
+    async def clean(self, connection: Any, sql: str) -> None:
+        """Execute *sql*, several statements, in one round trip and outside any transaction; *connection* is idle.
+
+        Where a session has no state, there is nothing to do.
+        """
+        ...
+
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         """Replace, on this engine's dialect, what the driver needs replaced. Opens nothing."""
         ...

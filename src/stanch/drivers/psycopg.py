@@ -138,6 +138,15 @@ class PsycopgDriver(Driver):
         )
 
     @override
+    async def clean(self, connection: Any, sql: str) -> None:
+        autocommit = connection.autocommit
+        await connection.set_autocommit(True)  # else psycopg would send BEGIN first
+        try:
+            await connection.execute(sql, prepare=False)
+        finally:
+            await connection.set_autocommit(autocommit)
+
+    @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         # SQLAlchemy's psycopg cannot end a connection without awaiting, so one that the garbage collector found would
         # stay open, in its transaction. Ours can.

@@ -69,6 +69,9 @@ class Settings:
       connection without a round trip; a ping sees no more unless something between is silent.
     - ``poolclass`` = None: the pool is stanch's own. ``NullPool`` keeps nothing idle and stays bounded;
       ``StaticPool`` is for SQLite ``:memory:`` only.
+    - ``reset`` = "flag": a connection in which a unit has left session state (SET, LISTEN, a temporary table) is
+      closed when it is returned, and told as an event. "strict" cleans it instead, in one round trip.
+      A connection without such state costs nothing in either.
 
     The session:
 
@@ -130,6 +133,7 @@ class Settings:
     pool_recycle: float = 1800.0
     pool_pre_ping: bool = False
     poolclass: type[Pool] | None = None
+    reset: Literal["flag", "strict"] = "flag"
 
     echo: bool | Literal["debug"] = False
     isolation_level: IsolationLevel | None = None
@@ -309,6 +313,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "pool_recycle": Seconds("1800", most=MONTH, never=True),
     "pool_pre_ping": Switch(),
     "poolclass": PoolClass("NullPool"),
+    "reset": Choice(("flag", "strict"), '"strict"'),
     "echo": Choice(("debug",), "True", switch=True),
     "isolation_level": Choice(
         ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"),

@@ -43,6 +43,7 @@ class Options(EngineOptions, total=False):
     pool_recycle: float
     pool_pre_ping: bool
     poolclass: type[Pool] | None
+    reset: Literal["flag", "strict"]
     echo: bool | Literal["debug"]
     isolation_level: Literal[
         "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"

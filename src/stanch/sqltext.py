@@ -1,0 +1,220 @@
+"""Reads SQL text as PostgreSQL's scanner does, far enough to say whether it only reads.
+
+No grammar: the words that stand outside quotes and comments decide (PostgreSQL manual, *Lexical Structure*).
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_REMEMBERED: Final = 512
+"""Texts whose judgement is kept; an app has some hundred statements, and a generated one is judged anew."""
+
+
+class Kind(Enum):
+    """What a token is; comments and white space are none."""
+
+    WORD = "word"
+    """A keyword or an identifier without quotes."""
+    NAME = "name"
+    """A quoted identifier; its text is what was written, quotes and all."""
+    STRING = "string"
+    """A string constant of any form; its text is what was written, quotes and all."""
+    SIGN = "sign"
+    """Digits, a parameter, or one character of an operator or of punctuation."""
+
+
+class Token(NamedTuple):
+    """One token of a statement."""
+
+    kind: Kind
+    text: str
+
+    @property
+    def keyword(self) -> str:
+        """In capitals if it can be a keyword, else empty."""
+        return self.text.upper() if self.kind is Kind.WORD else ""
+
+    @property
+    def function(self) -> str:
+        """In small letters if it can be the name of a function, else empty."""
+        return self.text.strip('"').lower() if self.kind in (Kind.WORD, Kind.NAME) else ""
+
+
+class Unreadable(ValueError):
+    """The text cannot be told apart into tokens with certainty; the message says why."""
+
+
+# All characters above ASCII may stand in an identifier, also those that look like white space.
+_LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
+_BREAK: Final = r"(?:[ \t\f\v]|--[^\n\r]*+)*+[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*+[\n\r])*+"
+"""What may stand between two parts of one string constant: the second is read by the rules of the first.
+
+All repetitions here and below are possessive: a long text is read once, not in every way it could be cut.
+"""
+_ESCAPED: Final = r"'(?:[^'\\]|\\.|'')*+'"
+
+_TOKEN: Final = re.compile(
+    rf"""
+      (?P<space>   [ \t\n\r\f\v]+ | --[^\n\r]* )
+    | (?P<comment> /\* )
+    | (?P<string>  [eE]{_ESCAPED}(?:{_BREAK}{_ESCAPED})*+ | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*+' )
+    | (?P<dollar>  (?P<tag>\$(?:[{_LETTER}][{_LETTER}0-9]*)?\$).*?(?P=tag) )
+    | (?P<escaped> [uU]&" )
+    | (?P<name>    "(?:[^"]|"")*+" )
+    | (?P<open>    [eE]?' | " | \$(?:[{_LETTER}][{_LETTER}0-9]*)?\$ )
+    | (?P<word>    [{_LETTER}][{_LETTER}0-9$]* )
+    | (?P<sign>    \$?[0-9]+ | . )
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_KINDS: Final = {
+    "word": Kind.WORD,
+    "name": Kind.NAME,
+    "string": Kind.STRING,
+    "dollar": Kind.STRING,
+    "sign": Kind.SIGN,
+}
+_UNREADABLE: Final = {"escaped": 'an identifier in U&"…"', "open": "a quote that does not end"}
+_COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
+_MINGLED: Final = re.compile(r"\$%\(|\$:\w|\)[sbt]\$|:\w+\$")
+"""A bind parameter next to a dollar sign. The driver writes $1 there, and may so begin or end a $-quoted string."""
+
+
+def tokens(sql: str) -> Iterator[Token]:
+    r"""The tokens of *sql*, in their order.
+
+    Quotes of every form, the doubled and the escaped quote, the string that goes on in the next line and nested
+    comments are read as PostgreSQL reads them with ``standard_conforming_strings`` on, its default. Raises
+    ``Unreadable`` where a quote or a comment does not end, and for what means one thing here and another elsewhere.
+
+    >>> [token.text for token in tokens("SELECT 'it''s' /* not /* this */ */ FROM \"the table\"")]
+    ['SELECT', "'it''s'", 'FROM', '"the table"']
+    """
+    if "\0" in sql:
+        raise Unreadable("a NUL character")
+    if "$" in sql and _MINGLED.search(sql):
+        raise Unreadable("a parameter next to a dollar sign")
+    position, end = 0, len(sql)
+    while position < end:
+        match = _TOKEN.match(sql, position)
+        assert match is not None, "the last alternative takes any character"
+        position, found = match.end(), match.group()
+        if match.lastgroup == "comment":
+            position = _end_of_comment(sql, position)
+        elif (why := _UNREADABLE.get(match.lastgroup or "")) is not None:
+            raise Unreadable(why)
+        elif (kind := _KINDS.get(match.lastgroup or "")) is not None:
+            yield Token(kind, found)
+
+
+def _end_of_comment(sql: str, position: int) -> int:
+    depth = 1
+    for edge in _COMMENT_EDGE.finditer(sql, position):
+        depth += 1 if edge.group() == "/*" else -1
+        if not depth:
+            return edge.end()
+    raise Unreadable("a comment that does not end")
+
+
+# What a reader may say ------------------------------------------------------------------------------------
+
+_READING: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW"})
+_WRITING: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "INTO", "SET", "LOCK", "CREATE"})
+_COMMANDS: Final = re.compile(
+    "ALTER|ANALYZE|BEGIN|CALL|CHECKPOINT|CLOSE|CLUSTER|COMMENT|COMMIT|COPY|CREATE|DEALLOCATE|DECLARE|DELETE|DISCARD|DO|"
+    "DROP|END|EXECUTE|EXPLAIN|FETCH|GRANT|IMPORT|INSERT|LISTEN|LOAD|LOCK|MERGE|MOVE|NOTIFY|PRAGMA|PREPARE|REFRESH|"
+    "REINDEX|RELEASE|RESET|REVOKE|ROLLBACK|SAVEPOINT|SECURITY|SET|START|TRUNCATE|UNLISTEN|UPDATE|VACUUM"
+)
+"""What an error may name; another first word might be anything."""
+_NO_STATEMENT: Final = "an empty statement"
+
+_WRITING_FUNCTIONS: Final = re.compile(
+    r"""
+      nextval | setval | set_config | setseed | pg_notify | pg_nextoid
+    | pg_(try_)?advisory_\w+
+    | lo_\w+ | loread | lowrite
+    | pg_(cancel|terminate)_backend | pg_(reload_conf|rotate_logfile\w*|promote|export_snapshot)
+    | pg_(switch_wal|create_restore_point|backup_(start|stop)|(start|stop)_backup|wal_replay_(pause|resume))
+    | pg_\w+_slots? | pg_(logical|replication|sync_replication)_\w+ | pg_stat_(?!get_)(\w+_)?reset\w*
+    | pg_(set|restore|clear)_(relation|attribute)_stats | pg_import_system_collations | pg_log_\w+
+    | pg_extension_config_dump | pg_stop_making_pinned_objects | pg_truncate_visibility_map | heap_force_\w+
+    | pg_file_\w+ | pg_logdir_\w+ | brin_\w*summarize_\w+ | gin_clean_pending_list | binary_upgrade_\w+
+    | query_to_xml\w* | cursor_to_xml\w* | ts_stat | ts_rewrite | xpath_table | crosstab\w* | connectby | dblink\w*
+    """,
+    re.VERBOSE,
+)
+"""Functions of PostgreSQL and its contributed modules that change something, or run SQL that they are given as text."""
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def objection_to_reading(sql: str) -> str | None:
+    r"""Why *sql* is not certainly a statement that only reads, in a few words; None if it is.
+
+    It is if it is one statement, begins with SELECT, WITH, VALUES, TABLE or SHOW, and holds, outside quotes and
+    comments, no word that writes, locks or creates, and no function known to do so; a column of such a name must be
+    quoted. What a function or a view of the user's own does is not seen here. Nothing of a quoted text is repeated.
+
+    >>> objection_to_reading("SELECT 'insert into'  -- delete") is None
+    True
+    >>> objection_to_reading("WITH gone AS (DELETE FROM orders RETURNING *) SELECT * FROM gone")
+    'DELETE'
+    >>> objection_to_reading("SELECT * FROM orders FOR NO KEY UPDATE")
+    'FOR NO KEY UPDATE'
+    >>> objection_to_reading("select pg_catalog.\"nextval\"('s')")
+    'nextval()'
+    """
+    try:
+        statement = list(tokens(sql))
+    except Unreadable as error:
+        return str(error)
+    if statement and statement[-1] == _SEMICOLON:
+        statement.pop()
+    return _objection_to(statement)
+
+
+_SEMICOLON: Final = Token(Kind.SIGN, ";")
+
+
+def _objection_to(statement: Sequence[Token]) -> str | None:
+    keyword = next((token.keyword for token in statement if token.text != "("), None)
+    if keyword is None:
+        return _NO_STATEMENT
+    if keyword not in _READING:
+        return keyword if _COMMANDS.fullmatch(keyword) else "no statement that is known"
+    before: tuple[str, ...] = ()
+    called = ""
+    for token in statement:
+        if token == _SEMICOLON:
+            return "a second statement after ;"
+        if (writing := _writing_word(token.keyword, before)) is not None:
+            return writing
+        if token.text == "(" and _WRITING_FUNCTIONS.fullmatch(called):
+            return f"{called}()"
+        before = (*before[-2:], token.keyword)
+        called = token.function
+    return None
+
+
+def _writing_word(keyword: str, before: tuple[str, ...]) -> str | None:
+    """The words by which a token writes or locks, given the three before it."""
+    if keyword in ("UPDATE", "SHARE"):
+        for length in (1, 2, 3):
+            lock = before[-length:]
+            if lock in _LOCKING:
+                return " ".join((*lock, keyword))
+    return keyword if keyword in _WRITING else None
+
+
+_LOCKING: Final = (("FOR",), ("FOR", "KEY"), ("FOR", "NO", "KEY"))
+
+
+def is_plain_reading(sql: str) -> bool:
+    """Whether *sql* certainly leaves nothing behind: no uncommitted change, no lock, no state of the session."""
+    return objection_to_reading(sql) is None
