@@ -16,7 +16,7 @@ from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 
     from stanch.drivers import Driver
@@ -32,6 +32,7 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
     """
     dialect = engine.dialect
     commit, rollback, ping = dialect.do_commit, dialect.do_rollback, dialect.do_ping
+    rollback_to = dialect.do_rollback_to_savepoint
 
     def do_commit(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
@@ -62,8 +63,25 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
             ping, connection, connection=inner, timeout=settings.connect_timeout, what="the ping"
         )
 
+    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
+        # Whoever goes on after it must know that it has happened.
+        inner = connection.connection.driver_connection
+        try:
+            watch.run(
+                rollback_to,
+                connection,
+                name,
+                connection=inner,
+                timeout=settings.close_timeout,
+                what="ROLLBACK TO SAVEPOINT",
+            )
+        except Exception:
+            driver.sever(inner)
+            raise
+
     dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_rollback = do_rollback  # type: ignore[method-assign,assignment]  # likewise; given by position
+    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     dialect.do_ping = do_ping  # type: ignore[method-assign,assignment]  # likewise
 
 

@@ -1,7 +1,11 @@
-"""psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle."""
+"""psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle.
+
+Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import select
 import socket
@@ -11,15 +15,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, waiting
 from typing_extensions import override
 
-from stanch.drivers.base import Driver, Plan, attempts, commit_refused, made_ours, reach
+from stanch.completion import run_to_completion
+from stanch.drivers.base import DRAIN_TIMEOUT, Driver, Plan, attempts, commit_refused, made_ours, reach
 from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of, gather, plain_url
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from psycopg.abc import RV, PQGen
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -27,8 +33,16 @@ if TYPE_CHECKING:
     from stanch.settings import Settings
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
+_WAKE_INTERVAL: Final = 0.1
+"""Seconds between two looks for something other than the socket; psycopg's own figure."""
+_CANCEL_INTERVAL: Final = 0.1
+"""Seconds between two CancelRequests for one operation: psycopg may have begun its next statement after the first."""
 _PSYCOPGS: Final = frozenset({"cursor_factory", "prepare_threshold", "row_factory"})
 OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
+
+_BETWEEN_OPERATIONS: Final = frozenset(
+    {pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR}
+)
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -45,6 +59,35 @@ class Connection(psycopg.AsyncConnection[Any]):
         await super().commit()  # also then: it ends the transaction, and the connection stays usable
         if aborted:
             raise commit_refused("the server")
+
+    @override
+    async def wait(
+        self, gen: PQGen[RV], interval: float = _WAKE_INTERVAL, timeout: float | None = None
+    ) -> RV:
+        """As psycopg; but what is cancelled is ended on the server and read to its end, in bounded time, always.
+
+        psycopg does so in the cancelled task itself, where anyio cancels that as well, and before 3.3 without a bound.
+        """
+        limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 knows none
+        try:
+            return await waiting.wait_async(gen, self.pgconn.socket, interval, **limit)
+        except asyncio.CancelledError:
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                await run_to_completion(self._end(gen))
+            raise
+
+    async def _end(self, gen: PQGen[Any]) -> None:
+        """Cancel what *gen* waits for and let it read the rest; what has not ended in time is cut off."""
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                    await self.cancel_safe(timeout=DRAIN_TIMEOUT)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_CANCEL_INTERVAL):
+                            await waiting.wait_async(gen, self.pgconn.socket, _WAKE_INTERVAL)
+        except Exception:  # noqa: BLE001  # ended by the cancellation, as is wished; or lost, or too late
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                self.pgconn.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +178,15 @@ class PsycopgDriver(Driver):
             and pgconn.pipeline_status == pq.PipelineStatus.OFF
             and not connection.lock.locked()
         )
+
+    @override
+    async def drain(self, connection: Any) -> bool:
+        # Connection.wait() has done it, or has finished the connection.
+        state = connection.pgconn.transaction_status
+        free = state in _BETWEEN_OPERATIONS and not connection.lock.locked()
+        if not free:
+            self.sever(connection)
+        return free
 
     @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
