@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from stanch.errors import CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
 from stanch.redaction import redact
-from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
+from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Engine
@@ -106,6 +106,9 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 return _gone(original)
             case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and not _asked_for_read_only(context):
                 # A demoted primary answers pings for ever; only a new connection can reach the new primary.
+                context.is_disconnect = True
+            case _ if says_server_has_gone(sqlstate_of(original)):
+                # asyncpg's connection still looks open when the server's last words arrive.
                 context.is_disconnect = True
             case _:
                 pass
