@@ -19,7 +19,16 @@ from psycopg import pq, waiting
 from typing_extensions import override
 
 from stanch.completion import run_to_completion
-from stanch.drivers.base import DRAIN_TIMEOUT, Driver, Plan, attempts, commit_refused, made_ours, reach
+from stanch.drivers.base import (
+    DRAIN_TIMEOUT,
+    Driver,
+    Plan,
+    attempts,
+    combined,
+    commit_refused,
+    made_ours,
+    reach,
+)
 from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of, gather, plain_url
 
 if TYPE_CHECKING:
@@ -90,6 +99,20 @@ class Connection(psycopg.AsyncConnection[Any]):
                 self.pgconn.finish()
 
 
+class ServerCursor(psycopg.AsyncServerCursor[Any]):
+    """A psycopg server cursor whose ``close()`` is whole: done twice, the second would break the transaction."""
+
+    @override
+    async def close(self) -> None:
+        """As psycopg; a cancellation meanwhile is raised afterwards, and the wait is bounded."""
+        if not self.closed:
+            await run_to_completion(self._close_in_time())
+
+    async def _close_in_time(self) -> None:
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            await super().close()
+
+
 @dataclass(frozen=True, slots=True)
 class Opener:
     """What SQLAlchemy calls for each new connection."""
@@ -110,10 +133,13 @@ class Opener:
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
         if self.theirs is not None:
-            return made_ours(await self.theirs(*args, **parameters), Connection)
-        # psycopg rounds up to 2 s and waits so long for each address; reach() keeps the time.
-        parameters["connect_timeout"] = math.ceil(self.timeout) + 1
-        return await Connection.connect(*args, **parameters)
+            connection = made_ours(await self.theirs(*args, **parameters), Connection)
+        else:
+            # psycopg rounds up to 2 s and waits so long for each address; reach() keeps the time.
+            parameters["connect_timeout"] = math.ceil(self.timeout) + 1
+            connection = await Connection.connect(*args, **parameters)
+        connection.server_cursor_factory = combined(ServerCursor, connection.server_cursor_factory)
+        return connection
 
 
 class PsycopgDriver(Driver):
