@@ -317,6 +317,7 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     assert callable(protocol.PreparedStatementState.attach)
     assert callable(protocol.BaseProtocol.close_statement)
     asyncpg: Any = import_module("asyncpg")
+    assert parameters(asyncpg.Connection._cancel_current_command)[:2] == ["self", "waiter"]
     assert {"_transport", "_protocol", "_top_xact"} <= set(asyncpg.Connection.__slots__)
     transaction = inspect.getsource(import_module("asyncpg.transaction"))
     assert "COMMIT;" in transaction

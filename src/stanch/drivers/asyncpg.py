@@ -2,8 +2,8 @@
 
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
-``Connection._top_xact`` (see `Connection`), and ``Connection._transport``, of asyncio's own kind, with its
-``_call_connection_lost`` (see ``sever``).
+``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`), and
+``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from stanch.completion import run_to_completion
 from stanch.drivers.base import (
+    CANCEL_INTERVAL,
     DRAIN_TIMEOUT,
     Driver,
     Plan,
@@ -166,12 +167,24 @@ class _Probe:
 
 async def _free_in_time(connection: Any) -> bool:
     """Whether *connection* is free within ``DRAIN_TIMEOUT`` seconds; if not, it is terminated."""
+    asked = asyncio.create_task(_Probe.waits_until_free(connection))
     with suppress(Exception):  # too late, lost, or another asyncpg: whatever it is, it is not free
         async with asyncio.timeout(DRAIN_TIMEOUT):
-            if not connection.is_closed() and await _Probe.waits_until_free(connection):
+            while not (await asyncio.wait((asked,), timeout=CANCEL_INTERVAL))[0]:
+                await _cancel_again(connection)
+            if asked.result():
                 return True
+    asked.cancel()
     connection.terminate()
     return False
+
+
+async def _cancel_again(connection: Any) -> None:
+    """Send another CancelRequest: asyncpg's own may have overtaken its statement and found nothing to cancel."""
+    sent = asyncio.get_running_loop().create_future()
+    connection._cancel_current_command(sent)  # noqa: SLF001  # see the docstring of the module
+    # Whatever is said on this connection next, it must not meet a cancellation that was for this statement.
+    await sent
 
 
 class AsyncpgDriver(Driver):

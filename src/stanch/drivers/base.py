@@ -32,6 +32,9 @@ Long enough for a CancelRequest on a connection of its own, with TLS, to another
 cancelled, who waits for it.
 """
 
+CANCEL_INTERVAL: Final = 0.1
+"""Seconds between two CancelRequests for one statement: the first may have come before it had begun."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:

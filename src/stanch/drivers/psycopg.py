@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from stanch.completion import run_to_completion
 from stanch.drivers.base import (
+    CANCEL_INTERVAL,
     DRAIN_TIMEOUT,
     Driver,
     Plan,
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
 _WAKE_INTERVAL: Final = 0.1
 """Seconds between two looks for something other than the socket; psycopg's own figure."""
-_CANCEL_INTERVAL: Final = 0.1
-"""Seconds between two CancelRequests for one operation: psycopg may have begun its next statement after the first."""
 _PSYCOPGS: Final = frozenset({"cursor_factory", "prepare_threshold", "row_factory"})
 OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
 
@@ -92,7 +91,7 @@ class Connection(psycopg.AsyncConnection[Any]):
                 while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                     await self.cancel_safe(timeout=DRAIN_TIMEOUT)
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_CANCEL_INTERVAL):
+                        async with asyncio.timeout(CANCEL_INTERVAL):
                             await waiting.wait_async(gen, self.pgconn.socket, _WAKE_INTERVAL)
         except Exception:  # noqa: BLE001  # ended by the cancellation, as is wished; or lost, or too late
             if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
