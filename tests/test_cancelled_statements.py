@@ -354,6 +354,39 @@ async def test_cancelled_end_of_a_transaction_keeps_its_connection(
     assert await pid_of(cutter.db) == before
 
 
+# A CancelRequest is only a request ---------------------------------------------------------------------------
+
+
+class DoorSlammer(FaultProxy):
+    """Closes the next new connections at once: those that carry a CancelRequest, once all others stand."""
+
+    slams = 0
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.slams:
+            self.slams -= 1
+            writer.close()
+        else:
+            super()._accept(reader, writer)
+
+
+@by_every_way
+async def test_cancel_request_that_had_no_effect_is_sent_again(
+    rows: FreshDatabase, driver: str, cancelled: Cancelled
+) -> None:
+    """As one that overtakes its statement: the server works on, and nobody else would ever stop it."""
+    async with DoorSlammer(rows.server.port) as proxy:
+        url = proxy.through(rows.url(driver)) + "?sslmode=disable"
+        async with Database(url, pool_size=1, max_overflow=0) as db:
+            before = await pid_of(db)
+            proxy.slams = 2
+            await cancelled(until(rows, ASLEEP), in_a_transaction(db))
+            assert proxy.slams == 0
+            assert await rows.fetchval(ACTIVE) == 0
+            assert await pid_of(db) == before
+            await assert_nothing_left(rows, db)
+
+
 # What cannot be proved --------------------------------------------------------------------------------------
 
 

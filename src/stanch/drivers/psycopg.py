@@ -89,7 +89,8 @@ class Connection(psycopg.AsyncConnection[Any]):
         try:
             async with asyncio.timeout(DRAIN_TIMEOUT):
                 while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                    await self.cancel_safe(timeout=DRAIN_TIMEOUT)
+                    with suppress(psycopg.Error):  # one request that fails is not the last
+                        await self.cancel_safe(timeout=DRAIN_TIMEOUT)
                     with suppress(TimeoutError):
                         async with asyncio.timeout(CANCEL_INTERVAL):
                             await waiting.wait_async(gen, self.pgconn.socket, _WAKE_INTERVAL)
