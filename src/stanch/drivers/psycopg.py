@@ -69,6 +69,37 @@ class Connection(psycopg.AsyncConnection[Any]):
             raise commit_refused("the server")
 
     @override
+    async def set_autocommit(self, value: bool) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_autocommit(value))
+
+    @override
+    async def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_isolation_level(value))
+
+    @override
+    async def set_read_only(self, value: bool | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_read_only(value))
+
+    @override
+    async def set_deferrable(self, value: bool | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_deferrable(value))
+
+    async def _all_or_none(self, setting: Awaitable[None]) -> None:
+        """Await *setting*; cancelled, it costs the connection.
+
+        It is set by then, but SQLAlchemy takes back only what it has seen set: the next holder would inherit it.
+        """
+        try:
+            await setting
+        except asyncio.CancelledError:
+            self.pgconn.finish()
+            raise
+
+    @override
     async def wait(
         self, gen: PQGen[RV], interval: float = _WAKE_INTERVAL, timeout: float | None = None
     ) -> RV:
