@@ -144,7 +144,7 @@ class Units:
                 statuses.append(message["status"])
                 self.outcomes[number] = "done" if message["status"] == 201 else "raised"
 
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
