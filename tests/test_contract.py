@@ -343,6 +343,8 @@ def test_psycopg_waits_for_everything_where_ours_does() -> None:
     assert parameters(psycopg.AsyncConnection.wait)[:3] == ["self", "gen", "interval"]
     assert parameters(waiting.wait_async)[:3] == ["gen", "fileno", "interval"]
     assert "wait_async" in calls(psycopg.AsyncConnection.wait)
+    looks = inspect.signature(waiting.wait_async).parameters["interval"].default
+    assert looks is None or "wait_for" not in waiting.wait_async.__code__.co_names
     assert {"wait"} <= calls(psycopg.AsyncCursor.execute) & calls(psycopg.AsyncConnection.commit)
     assert parameters(psycopg.AsyncConnection.cancel_safe) == ["self", "timeout"]
 

@@ -6,6 +6,7 @@ Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import select
 import socket
@@ -43,8 +44,14 @@ if TYPE_CHECKING:
     from stanch.settings import Settings
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
-_WAKE_INTERVAL: Final = 0.1
-"""Seconds between two looks for something other than the socket; psycopg's own figure."""
+_WAKE_INTERVAL: Final[Any] = (
+    None if inspect.signature(waiting.wait_async).parameters["interval"].default is None else 0.1
+)
+"""Seconds between two looks for something other than the socket; psycopg's own figure.
+
+None where psycopg (3.2.3) can do without: there it is a ``wait_for``, which in Python 3.11 swallows a cancellation that
+comes together with the answer.
+"""
 _PSYCOPGS: Final = frozenset({"cursor_factory", "prepare_threshold", "row_factory"})
 OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
 
