@@ -326,8 +326,12 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     assert callable(protocol.PreparedStatementState.attach)
     assert callable(protocol.BaseProtocol.close_statement)
     asyncpg: Any = import_module("asyncpg")
-    assert {"_transport", "_protocol"} <= set(asyncpg.Connection.__slots__)
-    assert "COMMIT;" in inspect.getsource(import_module("asyncpg.transaction"))
+    assert parameters(asyncpg.Connection._cancel_current_command)[:2] == ["self", "waiter"]
+    assert {"_transport", "_protocol", "_top_xact"} <= set(asyncpg.Connection.__slots__)
+    transaction = inspect.getsource(import_module("asyncpg.transaction"))
+    assert "COMMIT;" in transaction
+    assert "con._top_xact = self" in transaction
+    assert "query = 'BEGIN'" in transaction
 
 
 @pytest.mark.psycopg
@@ -338,6 +342,20 @@ def test_psycopg_has_what_our_severing_uses() -> None:
     assert callable(psycopg.AsyncConnection.fileno)
     assert "self.lock" in inspect.getsource(psycopg.AsyncConnection.__init__)
     assert callable(psycopg.pq.PGconn.finish)
+
+
+@pytest.mark.psycopg
+def test_psycopg_waits_for_everything_where_ours_does() -> None:
+    import psycopg
+    from psycopg import waiting
+
+    assert parameters(psycopg.AsyncConnection.wait)[:3] == ["self", "gen", "interval"]
+    assert parameters(waiting.wait_async)[:3] == ["gen", "fileno", "interval"]
+    assert "wait_async" in calls(psycopg.AsyncConnection.wait)
+    looks = inspect.signature(waiting.wait_async).parameters["interval"].default
+    assert looks is None or "wait_for" not in waiting.wait_async.__code__.co_names
+    assert {"wait"} <= calls(psycopg.AsyncCursor.execute) & calls(psycopg.AsyncConnection.commit)
+    assert parameters(psycopg.AsyncConnection.cancel_safe) == ["self", "timeout"]
 
 
 @pytest.mark.sqlite

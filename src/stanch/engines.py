@@ -18,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
+from stanch.cancellation import keep_cancelled_connections
 from stanch.drivers import driver_of, driver_of_engine
 from stanch.errors import ConfigError
 from stanch.ledger import Stats
@@ -133,6 +134,7 @@ def _equip(
     driver.prepare_engine(engine, settings)
     judge_statements(sync_engine, settings)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
+    keep_cancelled_connections(sync_engine, driver=driver)
     pool = Pool(
         sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database
     )

@@ -14,8 +14,9 @@ import asyncio
 import os
 import threading
 import time
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import Pool as SQLAlchemyPool
@@ -33,7 +34,7 @@ from stanch.sqlstate import Kind, classify
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from stanch.callers import Place
@@ -58,6 +59,7 @@ class Slot(_ConnectionRecord):
         self.ledger = ledger
         self.generation = -1
         self.opened_at = 0.0
+        self.idle_since = 0.0
         self._stanch_pool = pool
 
     def get_connection(self) -> DBAPIConnection:
@@ -132,13 +134,18 @@ class Pool(SQLAlchemyPool):
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
         if slot is None:
             slot = self._wait(ledger, task)
-        if slot.dbapi_connection is not None and not self._fit(slot):
-            self._drop(slot)
+        try:
+            if slot.dbapi_connection is not None and not (self._fit(slot) and self._answers(slot)):
+                self._drop(slot)
+        except BaseException:  # cancelled while it was pinged
+            self._do_return_conn(slot)
+            raise
         return slot
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, Slot)
         self._drop_unless_idle(record)
+        record.idle_since = time.monotonic()
         with self._lock:
             kept = record.ledger.give_back(record, usable=record.dbapi_connection is not None)
         if not kept:
@@ -151,10 +158,7 @@ class Pool(SQLAlchemyPool):
         _checkin: bool = True,  # noqa: FBT001, FBT002  # SQLAlchemy's signature
     ) -> None:
         """Outdate every connection of the generation *connection* belongs to."""
-        slot = getattr(connection, "_connection_record", None)
-        with self._lock:
-            if slot is None or slot.generation >= self.generation:
-                self.generation += 1
+        self._retire(getattr(connection, "_connection_record", None))
         if _checkin and getattr(connection, "is_valid", False):
             connection.invalidate(exception)
 
@@ -373,6 +377,25 @@ class Pool(SQLAlchemyPool):
             and not (0 <= recycle < time.monotonic() - slot.opened_at)
             and not self._driver.looks_dead(slot.driver_connection)
         )
+
+    def _answers(self, slot: Slot) -> bool:
+        """Whether a connection that nobody has used for ``ping_after`` seconds still does; the others are believed."""
+        patience = self._settings.ping_after
+        if self._settings.pool_pre_ping or not 0 < patience <= time.monotonic() - slot.idle_since:
+            return True
+        assert slot.dbapi_connection is not None
+        with suppress(Exception):  # whatever it is: a connection that cannot be asked is replaced
+            if cast("Dialect", self._dialect).do_ping(slot.dbapi_connection):
+                return True
+        # What silenced this one has silenced the others, and each would cost its holder a timeout.
+        self._retire(slot)
+        return False
+
+    def _retire(self, slot: Slot | None) -> None:
+        """Outdate the generation of *slot*, once."""
+        with self._lock:
+            if slot is None or slot.generation >= self.generation:
+                self.generation += 1
 
     def _drop_unless_idle(self, slot: Slot) -> None:
         if slot.dbapi_connection is None:

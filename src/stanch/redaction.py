@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from stanch.sqlstate import sqlstate_of
+from stanch.sqlstate import says_server_has_gone, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,9 +69,25 @@ def _without_values(error: BaseException, message: str) -> str:
         return message if known else f"({refused.__module__}.{refused.__qualname__}) {_WITHHELD}"
     state = sqlstate_of(error) or ""
     kind = _QUOTING_CLASSES.get("22" if type(error).__name__ == "DataError" else state[:2])
+    if kind is None and says_server_has_gone(state) and _severity(error) == "ERROR":
+        # The server's own last words are FATAL; this is the author of a function, and SQLAlchemy would log it.
+        kind = "raised"
     if kind is not None:
         return f"{kind} {state}".rstrip() + f" ({_WITHHELD})"
     return message.partition("\n")[0]
+
+
+def _severity(error: BaseException) -> str | None:
+    """As the server gave it, in English; None if no server did."""
+    for candidate in (error, getattr(error, "orig", None), error.__cause__):
+        for source, name in (
+            (candidate, "severity_en"),
+            (getattr(candidate, "diag", None), "severity_nonlocalized"),
+        ):
+            severity = getattr(source, name, None)
+            if isinstance(severity, str):
+                return severity
+    return None
 
 
 def _is_of_a_driver(error: BaseException) -> bool:

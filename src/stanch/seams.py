@@ -23,13 +23,13 @@ from stanch.errors import (
 from stanch.reading import Readers
 from stanch.redaction import redact
 from stanch.session_state import INFO_KEY, State, session_state_of
-from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
+from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 from stanch.watch import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import (
         DBAPIConnection,
         DBAPICursor,
@@ -54,6 +54,7 @@ def replace_transaction_ends(
     """
     dialect = engine.dialect
     commit, rollback, ping = dialect.do_commit, dialect.do_rollback, dialect.do_ping
+    rollback_to = dialect.do_rollback_to_savepoint
 
     def do_commit(connection: DBAPIConnection) -> None:
         undisturbed(commit_and_settle, connection)
@@ -96,8 +97,25 @@ def replace_transaction_ends(
             ping, connection, connection=inner, timeout=settings.connect_timeout, what="the ping"
         )
 
+    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
+        # Whoever goes on after it must know that it has happened.
+        inner = connection.connection.driver_connection
+        try:
+            watch.run(
+                rollback_to,
+                connection,
+                name,
+                connection=inner,
+                timeout=settings.close_timeout,
+                what="ROLLBACK TO SAVEPOINT",
+            )
+        except Exception:
+            driver.sever(inner)
+            raise
+
     dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_rollback = do_rollback  # type: ignore[method-assign,assignment]  # likewise; given by position
+    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
     dialect.do_ping = do_ping  # type: ignore[method-assign,assignment]  # likewise
 
 
@@ -199,6 +217,9 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 return _gone(original)
             case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and not _asked_for_read_only(context):
                 # A demoted primary answers pings for ever; only a new connection can reach the new primary.
+                context.is_disconnect = True
+            case _ if says_server_has_gone(sqlstate_of(original)):
+                # asyncpg's connection still looks open when the server's last words arrive.
                 context.is_disconnect = True
             case _:
                 pass

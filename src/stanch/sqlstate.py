@@ -66,6 +66,9 @@ _GONE: Final = frozenset(
 _SHUT_OUT: Final = frozenset({"53300", "57P03"})
 """Of those: refused before there was a connection."""
 
+_GOING: Final = frozenset({"57P01", "57P02", "57P03"})
+"""Of those: what a server says to everybody when it stops, crashes or starts."""
+
 _SQLITE_CONFLICTS: Final = frozenset(
     {"SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_FOREIGNKEY"}
 )
@@ -115,6 +118,17 @@ def sqlstate_of(error: BaseException | None) -> str | None:
             if isinstance(state, str):
                 return state
     return None
+
+
+def says_server_has_gone(state: str | None) -> bool:
+    """Whether *state* speaks of the server rather than of one statement: no connection to it is of use any more.
+
+    Class 08 is *Connection Exception*; the others are what a server says that stops, has crashed or is starting.
+
+    >>> says_server_has_gone("57P01"), says_server_has_gone("08006"), says_server_has_gone("23505")
+    (True, True, False)
+    """
+    return state is not None and (state in _GOING or state.startswith("08"))
 
 
 def _of_driver(error: BaseException, original: BaseException | None, *, lost: bool) -> Failure:

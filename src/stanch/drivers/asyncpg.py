@@ -1,12 +1,14 @@
 """asyncpg: connects, sees the COMMIT that the server turned into a rollback, severs, tells whether it is idle.
 
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
-``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`), and
+``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
+``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`), and
 ``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import select
 from contextlib import suppress
@@ -18,7 +20,18 @@ from urllib.parse import urlencode
 import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 from typing_extensions import override
 
-from stanch.drivers.base import Driver, Plan, attempts, combined, commit_refused, made_ours, reach
+from stanch.completion import run_to_completion
+from stanch.drivers.base import (
+    CANCEL_INTERVAL,
+    DRAIN_TIMEOUT,
+    Driver,
+    Plan,
+    attempts,
+    combined,
+    commit_refused,
+    made_ours,
+    reach,
+)
 from stanch.drivers.options import ASYNCPG, engine_options_of, gather, plain_url
 
 if TYPE_CHECKING:
@@ -50,14 +63,29 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
 
     @override
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg; but a COMMIT that was none raises."""
+        """As asyncpg; but a COMMIT that was none raises, and a BEGIN that fails leaves no transaction."""
         if query == "COMMIT;":
             # asyncpg's command_timeout would send a CancelRequest after a COMMIT; commit_timeout bounds it.
             timeout = 1e6
-        tag: str = await _any(super()).execute(query, *args, timeout=timeout)
+        try:
+            tag: str = await _any(super()).execute(query, *args, timeout=timeout)
+        except BaseException:
+            if query.startswith("BEGIN"):
+                # asyncpg would take the next BEGIN for a savepoint, and SQLAlchemy has nothing to roll back.
+                _any(self)._top_xact = None  # noqa: SLF001  # see the docstring of the module
+                await run_to_completion(self._undo_begin())
+            raise
         if query == "COMMIT;" and tag != "COMMIT":  # what asyncpg's Transaction.commit() writes
             raise commit_refused("the server")
         return tag
+
+    async def _undo_begin(self) -> None:
+        """Roll back what a cancelled BEGIN may have begun on the server all the same."""
+        if await _free_in_time(self) and self.is_in_transaction():
+            try:
+                await _any(super()).execute("ROLLBACK;", timeout=DRAIN_TIMEOUT)
+            except Exception:  # noqa: BLE001  # the failure of BEGIN is under way; this one costs the connection
+                self.terminate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +132,7 @@ class _Probe:
     @classmethod
     def finds_free(cls, connection: Any) -> bool:
         """Whether nothing is going on in *connection*, which is open."""
-        protocol = connection._protocol  # noqa: SLF001  # see the docstring of the module
-        if cls._statement is None:
-            no_custom_codec = False
-            cls._statement = _asyncpg.protocol.protocol.PreparedStatementState(
-                "", "", protocol, _asyncpg.Record, no_custom_codec
-            )
-            cls._statement.attach()
-        asked = protocol.close_statement(cls._statement, None)
+        asked = cls._ask(connection)
         try:
             asked.send(None)
         except _asyncpg.InternalClientError:
@@ -122,6 +143,48 @@ class _Probe:
             return False  # it waits for a cancelled operation to end
         finally:
             asked.close()
+
+    @classmethod
+    async def waits_until_free(cls, connection: Any) -> bool:
+        """The same, once the server has answered a cancelled operation; asyncpg cancels it there by itself."""
+        try:
+            await cls._ask(connection)
+        except _asyncpg.InternalClientError:
+            return True
+        return False
+
+    @classmethod
+    def _ask(cls, connection: Any) -> Any:
+        protocol = connection._protocol  # noqa: SLF001  # see the docstring of the module
+        if cls._statement is None:
+            no_custom_codec = False
+            cls._statement = _asyncpg.protocol.protocol.PreparedStatementState(
+                "", "", protocol, _asyncpg.Record, no_custom_codec
+            )
+            cls._statement.attach()
+        return protocol.close_statement(cls._statement, None)
+
+
+async def _free_in_time(connection: Any) -> bool:
+    """Whether *connection* is free within ``DRAIN_TIMEOUT`` seconds; if not, it is terminated."""
+    asked = asyncio.create_task(_Probe.waits_until_free(connection))
+    with suppress(Exception):  # too late, lost, or another asyncpg: whatever it is, it is not free
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            while not (await asyncio.wait((asked,), timeout=CANCEL_INTERVAL))[0]:
+                await _cancel_again(connection)
+            if asked.result():
+                return True
+    asked.cancel()
+    connection.terminate()
+    return False
+
+
+async def _cancel_again(connection: Any) -> None:
+    """Send another CancelRequest: asyncpg's own may have overtaken its statement and found nothing to cancel."""
+    sent = asyncio.get_running_loop().create_future()
+    connection._cancel_current_command(sent)  # noqa: SLF001  # see the docstring of the module
+    # Whatever is said on this connection next, it must not meet a cancellation that was for this statement.
+    await sent
 
 
 class AsyncpgDriver(Driver):
@@ -173,6 +236,10 @@ class AsyncpgDriver(Driver):
     @override
     async def clean(self, connection: Any, sql: str) -> None:
         await connection.execute(sql)
+
+    @override
+    async def drain(self, connection: Any) -> bool:
+        return await _free_in_time(connection)
 
     @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:

@@ -25,6 +25,17 @@ READ_ONLY_KEY: Final = "stanch.read_only"
 """In a pooled connection's ``info``: the next transaction only reads. SQLite's BEGIN takes it out again."""
 
 
+DRAIN_TIMEOUT: Final = 1.0
+"""Seconds for cancelling a statement on the server and reading the rest of its answer.
+
+Long enough for a CancelRequest on a connection of its own, with TLS, to another continent; short enough for whoever
+cancelled, who waits for it.
+"""
+
+CANCEL_INTERVAL: Final = 0.1
+"""Seconds between two CancelRequests for one statement: the first may have come before it had begun."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:
     """How to make the engine: for ``create_async_engine(url, connect_args=…, **engine_options)``.
@@ -82,6 +93,16 @@ class Driver(Protocol):
         Where a session has no state, there is nothing to do.
         """
         ...
+
+    async def drain(self, connection: Any) -> bool:
+        """Whether *connection*, a statement of which was cancelled, is free again: cancelled on the server, read dry.
+
+        True is proof: nothing is under way, and whether a transaction is open is known. Waits at most
+        ``DRAIN_TIMEOUT`` seconds, never raises; what is not free by then has been severed. False for a driver that
+        cannot tell: then the connection is as the cancellation left it.
+        """
+        del connection
+        return False
 
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         """Replace, on this engine's dialect, what the driver needs replaced. Opens nothing."""

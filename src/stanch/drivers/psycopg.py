@@ -1,7 +1,12 @@
-"""psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle."""
+"""psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle.
+
+Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`).
+"""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
 import select
 import socket
@@ -11,15 +16,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import psycopg
-from psycopg import pq
+from psycopg import pq, waiting
 from typing_extensions import override
 
-from stanch.drivers.base import Driver, Plan, attempts, commit_refused, made_ours, reach
+from stanch.completion import run_to_completion
+from stanch.drivers.base import (
+    CANCEL_INTERVAL,
+    DRAIN_TIMEOUT,
+    Driver,
+    Plan,
+    attempts,
+    combined,
+    commit_refused,
+    made_ours,
+    reach,
+)
 from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of, gather, plain_url
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from psycopg.abc import RV, PQGen
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -27,8 +44,20 @@ if TYPE_CHECKING:
     from stanch.settings import Settings
 
 _LIBPQ: Final = frozenset(option.keyword.decode() for option in pq.Conninfo.get_defaults())
+_WAKE_INTERVAL: Final[Any] = (
+    None if inspect.signature(waiting.wait_async).parameters["interval"].default is None else 0.1
+)
+"""Seconds between two looks for something other than the socket; psycopg's own figure.
+
+None where psycopg (3.2.3) can do without: there it is a ``wait_for``, which in Python 3.11 swallows a cancellation that
+comes together with the answer.
+"""
 _PSYCOPGS: Final = frozenset({"cursor_factory", "prepare_threshold", "row_factory"})
 OWN: Final = {name: kind for name, kind in PSYCOPG.items() if name in _LIBPQ | _PSYCOPGS}
+
+_BETWEEN_OPERATIONS: Final = frozenset(
+    {pq.TransactionStatus.IDLE, pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR}
+)
 
 
 class Connection(psycopg.AsyncConnection[Any]):
@@ -45,6 +74,81 @@ class Connection(psycopg.AsyncConnection[Any]):
         await super().commit()  # also then: it ends the transaction, and the connection stays usable
         if aborted:
             raise commit_refused("the server")
+
+    @override
+    async def set_autocommit(self, value: bool) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_autocommit(value))
+
+    @override
+    async def set_isolation_level(self, value: psycopg.IsolationLevel | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_isolation_level(value))
+
+    @override
+    async def set_read_only(self, value: bool | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_read_only(value))
+
+    @override
+    async def set_deferrable(self, value: bool | None) -> None:
+        """As psycopg; see `_all_or_none`."""
+        await self._all_or_none(super().set_deferrable(value))
+
+    async def _all_or_none(self, setting: Awaitable[None]) -> None:
+        """Await *setting*; cancelled, it costs the connection.
+
+        It is set by then, but SQLAlchemy takes back only what it has seen set: the next holder would inherit it.
+        """
+        try:
+            await setting
+        except asyncio.CancelledError:
+            self.pgconn.finish()
+            raise
+
+    @override
+    async def wait(
+        self, gen: PQGen[RV], interval: float = _WAKE_INTERVAL, timeout: float | None = None
+    ) -> RV:
+        """As psycopg; but what is cancelled is ended on the server and read to its end, in bounded time, always.
+
+        psycopg does so in the cancelled task itself, where anyio cancels that as well, and before 3.3 without a bound.
+        """
+        limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 knows none
+        try:
+            return await waiting.wait_async(gen, self.pgconn.socket, interval, **limit)
+        except asyncio.CancelledError:
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                await run_to_completion(self._end(gen))
+            raise
+
+    async def _end(self, gen: PQGen[Any]) -> None:
+        """Cancel what *gen* waits for and let it read the rest; what has not ended in time is cut off."""
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                    with suppress(psycopg.Error):  # one request that fails is not the last
+                        await self.cancel_safe(timeout=DRAIN_TIMEOUT)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(CANCEL_INTERVAL):
+                            await waiting.wait_async(gen, self.pgconn.socket, _WAKE_INTERVAL)
+        except Exception:  # noqa: BLE001  # ended by the cancellation, as is wished; or lost, or too late
+            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                self.pgconn.finish()
+
+
+class ServerCursor(psycopg.AsyncServerCursor[Any]):
+    """A psycopg server cursor whose ``close()`` is whole: done twice, the second would break the transaction."""
+
+    @override
+    async def close(self) -> None:
+        """As psycopg; a cancellation meanwhile is raised afterwards, and the wait is bounded."""
+        if not self.closed:
+            await run_to_completion(self._close_in_time())
+
+    async def _close_in_time(self) -> None:
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            await super().close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +171,13 @@ class Opener:
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
         if self.theirs is not None:
-            return made_ours(await self.theirs(*args, **parameters), Connection)
-        # psycopg rounds up to 2 s and waits so long for each address; reach() keeps the time.
-        parameters["connect_timeout"] = math.ceil(self.timeout) + 1
-        return await Connection.connect(*args, **parameters)
+            connection = made_ours(await self.theirs(*args, **parameters), Connection)
+        else:
+            # psycopg rounds up to 2 s and waits so long for each address; reach() keeps the time.
+            parameters["connect_timeout"] = math.ceil(self.timeout) + 1
+            connection = await Connection.connect(*args, **parameters)
+        connection.server_cursor_factory = combined(ServerCursor, connection.server_cursor_factory)
+        return connection
 
 
 class PsycopgDriver(Driver):
@@ -145,6 +252,15 @@ class PsycopgDriver(Driver):
             await connection.execute(sql, prepare=False)
         finally:
             await connection.set_autocommit(autocommit)
+
+    @override
+    async def drain(self, connection: Any) -> bool:
+        # Connection.wait() has done it, or has finished the connection.
+        state = connection.pgconn.transaction_status
+        free = state in _BETWEEN_OPERATIONS and not connection.lock.locked()
+        if not free:
+            self.sever(connection)
+        return free
 
     @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:

@@ -67,6 +67,10 @@ class Settings:
       password, and costs one connect per connection and half hour. -1 is never.
     - ``pool_pre_ping`` = False: the pool asks the driver's socket at each checkout, which sees a closed
       connection without a round trip; a ping sees no more unless something between is silent.
+    - ``ping_after`` = 30 s: a connection that was idle for longer is pinged once when it is next taken, within
+      ``connect_timeout``; if it stays silent, another is opened in its place. Under load nothing idles that
+      long, so it costs nothing there; and no firewall that forgets connections in silence does it sooner. -1
+      is never.
     - ``poolclass`` = None: the pool is stanch's own. ``NullPool`` keeps nothing idle and stays bounded;
       ``StaticPool`` is for SQLite ``:memory:`` only.
     - ``reset`` = "flag": a connection in which a unit has left session state (SET, LISTEN, a temporary table) is
@@ -132,6 +136,7 @@ class Settings:
     pool_timeout: float = 5.0
     pool_recycle: float = 1800.0
     pool_pre_ping: bool = False
+    ping_after: float = 30.0
     poolclass: type[Pool] | None = None
     reset: Literal["flag", "strict"] = "flag"
 
@@ -312,6 +317,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "pool_timeout": Seconds("5.0"),
     "pool_recycle": Seconds("1800", most=MONTH, never=True),
     "pool_pre_ping": Switch(),
+    "ping_after": Seconds("30", most=MONTH, never=True),
     "poolclass": PoolClass("NullPool"),
     "reset": Choice(("flag", "strict"), '"strict"'),
     "echo": Choice(("debug",), "True", switch=True),

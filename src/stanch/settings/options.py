@@ -42,6 +42,7 @@ class Options(EngineOptions, total=False):
     pool_timeout: float
     pool_recycle: float
     pool_pre_ping: bool
+    ping_after: float
     poolclass: type[Pool] | None
     reset: Literal["flag", "strict"]
     echo: bool | Literal["debug"]
