@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 
 from stanch.callers import place_of_caller
 from stanch.completion import run_to_completion
+from stanch.deadlines import Deadline
 from stanch.engines import beside_engine, from_engine, from_url
 from stanch.errors import ConfigError
 from stanch.events import Event, Observer, Observers, WorkDropped
@@ -210,13 +211,16 @@ class Database(Generic[S]):
     # Sessions -------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def session(self) -> AsyncGenerator[S]:
+    async def session(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
         """A plain session. You commit; uncommitted work rolls back at the end, and a ``WorkDropped`` event says so.
 
-        After the block the session is closed for good: using it raises ``SessionClosed``.
+        After the block the session is closed for good: using it raises ``SessionClosed``. *timeout* is as for
+        ``transaction()``.
         """
+        deadline = Deadline.given(timeout, "session(timeout=)")
         session = self.new_session(str(place_of_caller()))
         ending = self.ending(session)
+        ending.keep_to(deadline)
         try:
             yield session
         except BaseException:
@@ -226,7 +230,11 @@ class Database(Generic[S]):
 
     @asynccontextmanager
     async def transaction(
-        self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
+        self,
+        *,
+        isolation_level: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
     ) -> AsyncGenerator[S]:
         """A session in a transaction that commits at the end of the block and rolls back if the block raises.
 
@@ -234,10 +242,18 @@ class Database(Generic[S]):
         was lost while COMMIT was on its way. ``rollback_only(session)`` makes the end a rollback without an
         error. *isolation_level* and *read_only* are those of PostgreSQL's ``SET TRANSACTION`` and cost no
         round trip.
+
+        *timeout* (seconds, from now) bounds the wait for a connection, opening one, every statement, COMMIT and
+        the return, together. When it has passed the connection in hand is severed, and whoever waited is told
+        ``DeadlinePassed`` (``PoolExhausted`` or ``DatabaseUnavailable`` before there was a connection,
+        ``CommitUnknown`` at COMMIT); later uses of the session raise ``DeadlinePassed`` at once. Code in the
+        block that waits for something else is not interrupted.
         """
+        deadline = Deadline.given(timeout, "transaction(timeout=)")
         options = connection_options(self.driver, isolation_level=isolation_level, read_only=read_only)
         session = self.new_session(str(place_of_caller()), options)
         ending = self.ending(session)
+        ending.keep_to(deadline)
         try:
             yield session
         except BaseException:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import event
 
+from stanch.deadlines import in_force, reason_of, to_tidy_up, within
 from stanch.errors import CommitRefused, CommitUnknown, DatabaseUnavailable, DeadlinePassed
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, sqlstate_of
@@ -35,10 +36,12 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
 
     def do_commit(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
+        _refuse_overdue()
         # Dead before COMMIT is written: the server must roll back, so the outcome is known.
         lost_before = driver.looks_dead(inner)
         try:
-            watch.run(commit, connection, connection=inner, timeout=settings.commit_timeout, what="COMMIT")
+            timeout = within(settings.commit_timeout)
+            watch.run(commit, connection, connection=inner, timeout=timeout, what="COMMIT")
         except CommitRefused:
             raise
         except Exception as error:
@@ -49,7 +52,8 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
     def do_rollback(connection: DBAPIConnection) -> None:
         inner = dialect.get_driver_connection(connection)
         try:
-            watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
+            timeout = to_tidy_up(settings.close_timeout)
+            watch.run(rollback, connection, connection=inner, timeout=timeout, what="ROLLBACK")
         except Exception:
             # What cannot be rolled back must not go on. Severed it is a disconnect, which SQLAlchemy before 2.1
             # needs to see: of any other failure here it never returns the connection.
@@ -58,9 +62,8 @@ def replace_transaction_ends(engine: Engine, settings: Settings, *, driver: Driv
 
     def do_ping(connection: DBAPIConnection) -> bool:
         inner = dialect.get_driver_connection(connection)
-        return watch.run(
-            ping, connection, connection=inner, timeout=settings.connect_timeout, what="the ping"
-        )
+        timeout = within(settings.connect_timeout)
+        return watch.run(ping, connection, connection=inner, timeout=timeout, what="the ping")
 
     dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_rollback = do_rollback  # type: ignore[method-assign,assignment]  # likewise; given by position
@@ -79,6 +82,10 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
+            case _ if (passed := _cut_short(context)) is not None:
+                context.is_disconnect = True
+                context.invalidate_pool_on_disconnect = False
+                return passed
             case TimeoutError():
                 # The driver's own limit of a statement (asyncpg's command_timeout). The connection lives.
                 return _too_long(original)
@@ -94,6 +101,24 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
         return None
 
     event.listen(engine, "handle_error", handle_error, retval=True)
+
+
+def _refuse_overdue() -> None:
+    """A COMMIT that nobody could wait for is not begun: the connection goes, and the server rolls back."""
+    deadline = in_force()
+    if deadline is not None and deadline.has_passed:
+        raise deadline.passed(f"{deadline} had passed before COMMIT was begun; its work is rolled back")
+
+
+def _cut_short(context: ExceptionContext) -> DeadlinePassed | None:
+    """What to say instead, if the connection was severed because a deadline had passed."""
+    connection = context.connection
+    if connection is None or connection.invalidated or connection.closed:
+        return None
+    passed = reason_of(connection.connection.driver_connection)
+    if passed is not None:
+        passed.__cause__ = context.original_exception
+    return passed
 
 
 def _asked_for_read_only(context: ExceptionContext) -> bool:

@@ -18,7 +18,17 @@ from urllib.parse import urlencode
 import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 from typing_extensions import override
 
-from stanch.drivers.base import Driver, Plan, attempts, combined, commit_refused, made_ours, reach
+from stanch.drivers.base import (
+    Driver,
+    Plan,
+    attempts,
+    combined,
+    commit_refused,
+    made_ours,
+    reach,
+    rides_on_begin,
+    started_with,
+)
 from stanch.drivers.options import ASYNCPG, engine_options_of, gather, plain_url
 
 if TYPE_CHECKING:
@@ -50,10 +60,12 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
 
     @override
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg; but a COMMIT that was none raises."""
+        """As asyncpg; but a COMMIT that was none raises, and under a deadline BEGIN tells the server of it."""
         if query == "COMMIT;":
             # asyncpg's command_timeout would send a CancelRequest after a COMMIT; commit_timeout bounds it.
             timeout = 1e6
+        elif query.startswith("BEGIN"):  # what asyncpg's Transaction.start() writes
+            query += rides_on_begin(self)
         tag: str = await _any(super()).execute(query, *args, timeout=timeout)
         if query == "COMMIT;" and tag != "COMMIT":  # what asyncpg's Transaction.commit() writes
             raise commit_refused("the server")
@@ -67,14 +79,17 @@ class Opener:
     timeout: float
     theirs: Callable[..., Awaitable[Any]] | None = None
     """The user's own way to open one; the class of what it gives is exchanged afterwards."""
+    statement_timeout: float | None = None
+    """What the server is told at the start."""
 
     async def __call__(self, *args: Any, **parameters: Any) -> Any:
         hosts, ports = (_listed(parameters.get(name)) for name in ("host", "port"))
-        return await reach(
+        opened = await reach(
             attempts(partial(self._open, *args), parameters, hosts=hosts, ports=ports),
             timeout=self.timeout,
             refusals=(_asyncpg.PostgresError, _asyncpg.InterfaceError, _asyncpg.InternalClientError),
         )
+        return started_with(opened, self.statement_timeout)
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
         if self.theirs is not None:
@@ -138,7 +153,9 @@ class AsyncpgDriver(Driver):
             connect_args["server_settings"] = dict(wishes.server)
         if settings.pooler is not None:
             connect_args |= _without_names(connect_args)
-        connect_args["async_creator_fn"] = Opener(wishes.timeout, connect_args.get("async_creator_fn"))
+        connect_args["async_creator_fn"] = Opener(
+            wishes.timeout, connect_args.get("async_creator_fn"), wishes.statement_timeout
+        )
         options = engine_options_of(settings)
         if options.get("isolation_level") == "READ UNCOMMITTED":
             # The same to PostgreSQL; SQLAlchemy's asyncpg dialect does not know the other.
