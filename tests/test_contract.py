@@ -331,6 +331,24 @@ def test_psycopg_has_what_our_severing_uses() -> None:
     assert callable(psycopg.pq.PGconn.finish)
 
 
+@pytest.mark.psycopg
+def test_psycopg_sends_begin_as_our_riders_expect() -> None:
+    import psycopg
+
+    assert positional(psycopg.AsyncConnection._exec_command)[:2] == ["self", "command"]
+    assert {"_exec_command", "_get_tx_start_command"} <= calls(psycopg.AsyncConnection._start_query)
+    assert "_pipeline" in calls(psycopg.AsyncConnection._exec_command)
+    assert callable(psycopg.errors.error_from_result)
+    assert callable(psycopg.generators.execute)
+
+
+def test_asyncpg_sends_begin_as_our_riders_expect() -> None:
+    source = inspect.getsource(import_module("asyncpg.transaction"))
+    assert "query = 'BEGIN'" in source
+    assert "query += ';'" in source
+    assert "await self._connection.execute(query)" in source
+
+
 @pytest.mark.sqlite
 def test_aiosqlite_has_what_ours_overrides() -> None:
     import aiosqlite

@@ -34,7 +34,9 @@ SLACK = 1.0
 CROWD = 30
 POOL: dict[str, int] = {"pool_size": 5, "max_overflow": 0}
 AT_WORK = "SELECT pid FROM pg_stat_activity WHERE datname = $1 AND wait_event = 'PgSleep' AND query ILIKE $2"
-IN_TRANSACTION = "SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND state = 'idle in transaction'"
+IN_TRANSACTION = (
+    "SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND state = 'idle in transaction'"
+)
 
 
 @pytest.fixture(scope="module")
