@@ -172,6 +172,8 @@ class AsyncpgDriver(Driver):
     def sever(self, connection: Any) -> None:
         try:
             connection.terminate()
+            # asyncpg 0.30 leaves it open if close() is under way, which then waits for ever.
+            connection._transport.abort()  # noqa: SLF001  # see the docstring of the module
         except Exception:  # noqa: BLE001  # its loop is closed: what the loop would have called is called here
             with suppress(Exception):
                 connection._transport._call_connection_lost(None)  # noqa: SLF001  # see the docstring of the module
