@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
 
 from stanch import (
     CommitUnknown,
@@ -270,7 +271,9 @@ async def test_black_hole_in_the_middle_of_a_statement(rows: FreshDatabase, driv
                 await until(rows, ASLEEP)
                 clock = Clock()
                 with proxy.blackholed():
-                    await running
+                    await asyncio.wait({running}, timeout=TIMEOUT + SLACK)
+                    assert running.done(), "nobody ended it"
+                await running
         clock.assert_in_time()
         failure = classify(caught.value)
         assert failure is not None
@@ -343,6 +346,50 @@ async def test_black_hole_at_the_close_of_a_connection(rows: FreshDatabase, driv
         clock.assert_in_time()
         assert proxy.verdicts[Verdict.LOSE] == 1
         assert await rows.fetchval("SELECT count(*) FROM rows") == 1
+
+
+async def test_a_deadline_in_force_bounds_the_commit_of_a_bare_connection(
+    rows: FreshDatabase, driver: str
+) -> None:
+    """No session, hence no alarm: COMMIT keeps its own time."""
+    async with proxied(rows, driver) as (proxy, db):
+        proxy.on_client_message = at_commit(Verdict.LOSE)
+        clock = Clock()
+        with pytest.raises(CommitUnknown), under(Deadline.after(TIMEOUT, "test")):
+            async with db.begin() as connection:
+                await connection.execute(WRITE)
+        clock.assert_in_time()
+        assert proxy.verdicts[Verdict.LOSE] == 1
+
+
+async def test_a_commit_that_comes_too_late_is_not_begun(rows: FreshDatabase, driver: str) -> None:
+    """Its listener has used up the rest, and the loop had no turn to sever: nothing is stored, and that is known."""
+    async with proxied(rows, driver) as (proxy, db):
+        with pytest.raises(DeadlinePassed, match="had passed before COMMIT was begun"):
+            async with db.transaction(timeout=TIMEOUT) as session:
+                event.listen(session.sync_session, "before_commit", lambda _session: time.sleep(TIMEOUT))
+                await session.execute(WRITE)
+        assert [query for query in proxy.queries if "COMMIT" in query] == []
+        assert await rows.fetchval("SELECT count(*) FROM rows") == 0
+
+
+async def test_a_connection_that_is_ready_too_late_is_not_used(rows: FreshDatabase, driver: str) -> None:
+    """The deadline passes while a listener still prepares it, when the session has nothing in hand to sever."""
+    async with proxied(rows, driver, warm=False) as (_, db):
+        prepared: list[float] = []
+
+        def prepare(*_arguments: Any) -> None:
+            if not prepared:
+                prepared.append(await_only(asyncio.sleep(TIMEOUT * 1.2, TIMEOUT)))
+
+        event.listen(db.engine.sync_engine, "connect", prepare)
+        clock = Clock()
+        with pytest.raises(DeadlinePassed, match="its session does nothing more"):
+            async with db.transaction(timeout=TIMEOUT) as session:
+                await session.execute(WRITE)
+        clock.assert_in_time()
+        assert prepared
+        assert await rows.fetchval("SELECT count(*) FROM rows") == 0
 
 
 # Waiting for a connection ---------------------------------------------------------------------------------

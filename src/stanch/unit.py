@@ -111,7 +111,7 @@ class Charge:
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
         self.wish = joined
-        self.ending.keep_to(wish.deadline)
+        self.ending.keep_to(joined.deadline)
         if starts_writing and begun and self.database.driver.reader_options:
             await self.ending.roll_back()  # a transaction begun for reading cannot become a writer's
         if stronger or starts_writing:
