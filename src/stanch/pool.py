@@ -75,8 +75,9 @@ class Slot(_ConnectionRecord):
 class Pool(SQLAlchemyPool):
     """At most ``pool_size + max_overflow`` connections on each event loop, given to waiters in the order they came.
 
-    Guarantees: a wait ends within ``pool_timeout`` seconds, in a connection or in ``PoolExhausted``; a waiter
-    that is cancelled gives its place back; a connection that is mid-operation or mid-transaction when it is
+    Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
+    ``PoolExhausted``; until a first connection is ready only one caller opens one, and the others wait just so
+    (theirs is ``DatabaseUnavailable``). A waiter that is cancelled gives its place back; a connection that is mid-operation or mid-transaction when it is
     returned is severed, never reused. ``dispose()`` closes what is idle and outdates what is out; the bound
     and the waiters stay, and ``recreate()`` gives this same pool. A second event loop gets books of its own,
     and the connections of a loop that was closed are dropped without awaiting.
