@@ -334,12 +334,13 @@ def test_psycopg_has_what_our_severing_uses() -> None:
 @pytest.mark.psycopg
 def test_psycopg_sends_begin_as_our_riders_expect() -> None:
     import psycopg
+    from psycopg import generators
 
     assert positional(psycopg.AsyncConnection._exec_command)[:2] == ["self", "command"]
     assert {"_exec_command", "_get_tx_start_command"} <= calls(psycopg.AsyncConnection._start_query)
     assert "_pipeline" in calls(psycopg.AsyncConnection._exec_command)
     assert callable(psycopg.errors.error_from_result)
-    assert callable(psycopg.generators.execute)
+    assert callable(generators.execute)
 
 
 def test_asyncpg_sends_begin_as_our_riders_expect() -> None:

@@ -58,7 +58,8 @@ async def proxied(
     """A pool of two behind the proxy, with one idle connection if *warm*; at the end it must be whole again."""
     async with FaultProxy(judged.server.port) as proxy:
         url = proxy.through(judged.url(driver)) + "?sslmode=disable"
-        db: Database[Any] = Database(url, **{"pool_size": 2, "max_overflow": 0, **settings})
+        chosen: dict[str, Any] = {"pool_size": 2, "max_overflow": 0, **settings}
+        db: Database[Any] = Database(url, **chosen)
         if warm:
             async with db.session() as session:
                 await session.execute(ONE)
@@ -255,6 +256,7 @@ async def test_black_hole_at_the_ping(rows: FreshDatabase, driver: str) -> None:
 @pytest.mark.parametrize("by", ["session", "connection", "stream"])
 async def test_black_hole_in_the_middle_of_a_statement(rows: FreshDatabase, driver: str, by: str) -> None:
     """Also for Core on the session's connection, and for rows that are fetched one by one."""
+    clock = Clock()
     async with proxied(rows, driver) as (proxy, db):
         with pytest.raises(DeadlinePassed) as caught:  # the hole must close before the proxy
             async with db.transaction(timeout=TIMEOUT) as session:
@@ -364,10 +366,14 @@ async def test_a_deadline_in_force_bounds_the_commit_of_a_bare_connection(
 
 async def test_a_commit_that_comes_too_late_is_not_begun(rows: FreshDatabase, driver: str) -> None:
     """Its listener has used up the rest, and the loop had no turn to sever: nothing is stored, and that is known."""
+
+    def dawdle(*_arguments: Any) -> None:
+        time.sleep(TIMEOUT)
+
     async with proxied(rows, driver) as (proxy, db):
         with pytest.raises(DeadlinePassed, match="had passed before COMMIT was begun"):
             async with db.transaction(timeout=TIMEOUT) as session:
-                event.listen(session.sync_session, "before_commit", lambda _session: time.sleep(TIMEOUT))
+                event.listen(session.sync_session, "before_commit", dawdle)
                 await session.execute(WRITE)
         assert [query for query in proxy.queries if "COMMIT" in query] == []
         assert await rows.fetchval("SELECT count(*) FROM rows") == 0

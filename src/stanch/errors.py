@@ -185,6 +185,6 @@ class AsyncSessionInSyncEndpoint(StanchError, exc.InvalidRequestError):
 
 
 class DeadlinePassed(_Operational):
-    """The deadline of a unit (``timeout=``, ``request_timeout=``) or of one step has passed; its connection was severed."""
+    """The deadline of a unit of work, or of one step of it, has passed; the connection in hand was severed."""
 
     error_code = "deadline"

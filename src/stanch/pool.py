@@ -77,10 +77,10 @@ class Pool(SQLAlchemyPool):
 
     Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
     ``PoolExhausted``; until a first connection is ready only one caller opens one, and the others wait just so
-    (theirs is ``DatabaseUnavailable``). A waiter that is cancelled gives its place back; a connection that is mid-operation or mid-transaction when it is
-    returned is severed, never reused. ``dispose()`` closes what is idle and outdates what is out; the bound
-    and the waiters stay, and ``recreate()`` gives this same pool. A second event loop gets books of its own,
-    and the connections of a loop that was closed are dropped without awaiting.
+    (theirs is ``DatabaseUnavailable``). A waiter that is cancelled gives its place back; a connection that is
+    mid-operation or mid-transaction when it is returned is severed, never reused. ``dispose()`` closes what is idle
+    and outdates what is out; the bound and the waiters stay, and ``recreate()`` gives this same pool. A second event
+    loop gets books of its own, and the connections of a loop that was closed are dropped without awaiting.
     """
 
     def __init__(
