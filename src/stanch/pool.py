@@ -319,7 +319,9 @@ class Pool(SQLAlchemyPool):
             raise
         finally:
             alarm.cancel()
-        if waiter.slot is None:
+        deadline = in_force()
+        # A turn that comes at the deadline is passed on at once: a connect begun now would only hold up the next.
+        if waiter.slot is None or (deadline is not None and deadline.has_passed):
             error = self._exhausted(ledger)
             self._give_up(ledger, waiter)
             # A connection that came free between the alarm and here was ours; it has gone to the next.
@@ -329,7 +331,7 @@ class Pool(SQLAlchemyPool):
     def _give_up(self, ledger: Ledger[Slot], waiter: Waiter[Slot]) -> None:
         with self._lock:
             unwanted = ledger.give_up(waiter, usable=lambda slot: slot.dbapi_connection is not None)
-        if unwanted is not None:
+        if unwanted is not None and unwanted.dbapi_connection is not None:
             self._drop(unwanted)
 
     def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted | DatabaseUnavailable:
