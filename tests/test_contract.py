@@ -358,6 +358,24 @@ def test_psycopg_waits_for_everything_where_ours_does() -> None:
     assert parameters(psycopg.AsyncConnection.cancel_safe) == ["self", "timeout"]
 
 
+def test_psycopg_sends_begin_as_our_riders_expect() -> None:
+    import psycopg
+    from psycopg import generators
+
+    assert positional(psycopg.AsyncConnection._exec_command)[:2] == ["self", "command"]
+    assert {"_exec_command", "_get_tx_start_command"} <= calls(psycopg.AsyncConnection._start_query)
+    assert "_pipeline" in calls(psycopg.AsyncConnection._exec_command)
+    assert callable(psycopg.errors.error_from_result)
+    assert callable(generators.execute)
+
+
+def test_asyncpg_sends_begin_as_our_riders_expect() -> None:
+    source = inspect.getsource(import_module("asyncpg.transaction"))
+    assert "query = 'BEGIN'" in source
+    assert "query += ';'" in source
+    assert "await self._connection.execute(query)" in source
+
+
 @pytest.mark.sqlite
 def test_aiosqlite_has_what_ours_overrides() -> None:
     import aiosqlite

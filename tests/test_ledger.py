@@ -41,14 +41,20 @@ class Place:
     woken: list[int] = field(default_factory=list[int])
 
 
-def ledger_of(pool_size: int = 1, max_overflow: int = 0, *, keeps_idle: bool = True) -> Ledger[Slot]:
+def ledger_of(
+    pool_size: int = 1, max_overflow: int = 0, *, keeps_idle: bool = True, opening: bool = False
+) -> Ledger[Slot]:
+    """A ledger that has seen a first connection, unless it is still *opening* one."""
     ticks = count()
-    return Ledger(
+    ledger = Ledger[Slot](
         pool_size=pool_size,
         max_overflow=max_overflow,
         clock=lambda: float(next(ticks)),
         keeps_idle=keeps_idle,
     )
+    if not opening:
+        ledger.open_up(new=lambda: pytest.fail("nobody waits"))
+    return ledger
 
 
 def waiter() -> Place:
@@ -70,10 +76,17 @@ class Books(RuleBasedStateMachine):
         self.out: list[Slot] = []
         self.queue: deque[Place] = deque()
 
-    @initialize(pool_size=st.integers(1, 3), max_overflow=st.integers(0, 2), keeps_idle=st.booleans())
-    def begin(self, pool_size: int, max_overflow: int, keeps_idle: bool) -> None:
-        self.ledger = ledger_of(pool_size, max_overflow, keeps_idle=keeps_idle)
-        self.bound = pool_size + max_overflow
+    @initialize(
+        pool_size=st.integers(1, 3),
+        max_overflow=st.integers(0, 2),
+        keeps_idle=st.booleans(),
+        opening=st.booleans(),
+    )
+    def begin(self, pool_size: int, max_overflow: int, keeps_idle: bool, opening: bool) -> None:
+        self.ledger = ledger_of(pool_size, max_overflow, keeps_idle=keeps_idle, opening=opening)
+        self.whole = pool_size + max_overflow
+        self.opening = opening
+        self.bound = 1 if opening else self.whole
         self.to_keep = pool_size if keeps_idle else 0
 
     def new(self) -> Slot:
@@ -92,6 +105,17 @@ class Books(RuleBasedStateMachine):
             assert slot is self.idle.popleft(), "the longest idle is the next one out"
         self.out.append(slot)
         return slot
+
+    @rule()
+    def open_up(self) -> None:
+        """A first connection is ready, or one more: who waits gets the room that this makes, in order."""
+        self.opening, self.bound = False, self.whole
+        served = [self.queue.popleft() for _ in range(min(len(self.queue), self.bound - len(self.out)))]
+        self.ledger.open_up(new=self.new)
+        for place in served:
+            assert place.waiter.slot is not None
+            assert place.woken == [1]
+            self.out.append(place.waiter.slot)
 
     @rule(target=waiting)
     def enqueue(self) -> Place | MultipleResults[Place]:
@@ -155,7 +179,8 @@ class Books(RuleBasedStateMachine):
     def the_counts_are_true(self) -> None:
         stats = self.ledger.stats()
         assert (stats.in_use, stats.idle, stats.waiting) == (len(self.out), len(self.idle), len(self.queue))
-        assert stats.size <= self.bound == stats.pool_size + stats.max_overflow
+        assert stats.size <= self.bound <= stats.pool_size + stats.max_overflow
+        assert self.ledger.is_opening == self.opening
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -215,6 +240,25 @@ def test_unusable_slot_is_handed_on_as_the_right_to_connect() -> None:
     ledger.enqueue(patient.waiter)
     assert ledger.give_back(slot, usable=False)
     assert patient.waiter.slot is slot
+
+
+def test_until_the_first_connection_is_ready_one_at_a_time_may_open_it() -> None:
+    """And a failure passes the right on: a hundred who wait on a dead server each get their try, in order."""
+    ledger = ledger_of(pool_size=5, max_overflow=10, opening=True)
+    slot = ledger.take(None, new=lambda: Slot(0))
+    assert slot is not None
+    places = [waiter() for _ in range(100)]
+    for place in places:
+        assert ledger.take(None, new=lambda: Slot(9)) is None
+        ledger.enqueue(place.waiter)
+    for place in places[:40]:
+        assert ledger.give_back(slot, usable=False)
+        assert place.waiter.slot is slot
+        assert ledger.stats().in_use == 1
+    numbers = count(1)
+    ledger.open_up(new=lambda: Slot(next(numbers)))
+    assert [place.waiter.slot.number for place in places[40:54] if place.waiter.slot] == [*range(1, 15)]
+    assert ledger.stats() == Stats(pool_size=5, max_overflow=10, in_use=15, idle=0, waiting=46)
 
 
 def test_slot_given_back_twice_is_refused() -> None:

@@ -9,6 +9,7 @@ Starlette keeps the machinery for answering an exception private:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, cast
@@ -17,6 +18,7 @@ from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 
+from stanch.deadlines import Deadline, earlier, judged_length
 from stanch.errors import ConfigError, NotInstalled
 from stanch.events import logger
 from stanch.unit import Kind, Mode, Unit, Unsaved
@@ -72,7 +74,9 @@ class UnitMiddleware:
     the reply, through the app's own exception handlers; exactly one reply is sent; every session is closed
     when the call ends, also when it is cancelled. Must be the innermost middleware: what stands inside it is
     settled, what stands outside cannot ask for the unit's session and can still change a reply that was
-    committed.
+    committed. With *request_timeout* (seconds) the reply to a request is on its way that long after the request has
+    arrived here, as far as it waits for the database: see ``Database.transaction(timeout=)`` for what happens then.
+    It does not bind websockets, nor what a stream or a background task does after the start of the reply.
     """
 
     def __init__(
@@ -82,11 +86,14 @@ class UnitMiddleware:
         *,
         commit_mode: CommitMode = "auto",
         unsaved: Unsaved = "warn",
+        request_timeout: float | None = None,
     ) -> None:
         self.app = app
         self.databases = list(databases)
         self.unsaved: Unsaved = _judge("unsaved", unsaved, ("warn", "raise", "ignore"))
         self.mode = MODES[_judge("commit_mode", commit_mode, tuple(MODES))]
+        self.request_timeout = judged_length("request_timeout", request_timeout)
+        self.exchange: type[Exchange] = Exchange if request_timeout is None else TimedExchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one call of the app inside; anything but HTTP and websockets passes untouched."""
@@ -94,7 +101,7 @@ class UnitMiddleware:
         if scope["type"] != "http":
             await self._serve_other(scope, receive, send)
             return
-        exchange = Exchange()
+        exchange = self.exchange()
         exchange.middleware = self
         exchange.unit = exchange.start = exchange.latest = exchange.failure = None
         exchange.over = exchange.doomed = False
@@ -176,7 +183,11 @@ class Call:
             unit = self.outer.unit_in(scope)
             unit.adopt(middleware.databases)
         unit.mode, unit.unsaved = middleware.mode, middleware.unsaved
+        unit.deadline = earlier(unit.deadline, self._deadline())
         return unit
+
+    def _deadline(self) -> Deadline | None:
+        return None
 
     async def close(self, *, well: bool) -> None:
         """End the call; the outermost closes the unit, which commits what was done since the reply if all is *well*."""
@@ -208,6 +219,8 @@ class Exchange(Call):
             raise ReplyAbandoned from self.failure
         if "status" in message:
             await self._settle(message)
+            assert self.unit is not None
+            self.unit.answered()
             self.start = message
         else:
             if _is_last(message):
@@ -277,6 +290,20 @@ class Exchange(Call):
     def failure_now(self) -> Exception | None:
         """What made a commit fail."""
         return self.failure  # not narrowed to None: send() may have set it meanwhile
+
+
+class TimedExchange(Exchange):
+    """The same, where the app has a ``request_timeout``; without one a call pays nothing for the clock."""
+
+    __slots__ = ("arrived",)
+
+    def __init__(self) -> None:
+        self.arrived = time.monotonic()
+
+    def _deadline(self) -> Deadline | None:
+        timeout = self.middleware.request_timeout
+        assert timeout is not None
+        return Deadline(self.arrived + timeout, timeout, "request_timeout")
 
 
 class Conversation(Call):

@@ -99,7 +99,7 @@ class Attempts(Generic[S]):
                     async with self.host.transaction(isolation_level=self.isolation_level) as session:
                         guard = guard_of(session)
                         guard.holder = holder_of(work, place)
-                        guard.attempt, guard.deadline = attempt, deadline
+                        guard.attempt = attempt
                         return await awaited(work, session, *args)
                 except Exception as error:  # noqa: BLE001  # it is raised, unless the work is done again
                     following = attempt.after(error, committed=guard is not None and guard.committed)

@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from stanch.attempts import Attempts
 from stanch.callers import place_of_caller
 from stanch.completion import run_to_completion
+from stanch.deadlines import Deadline, earlier, in_force
 from stanch.engines import beside_engine, from_engine, from_url
 from stanch.errors import ConfigError
 from stanch.events import Event, Observer, Observers, WorkDropped
@@ -230,13 +231,16 @@ class Database(Gathering[S], Generic[S]):
     # Sessions -------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def session(self) -> AsyncGenerator[S]:
+    async def session(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
         """A plain session. You commit; uncommitted work rolls back at the end, and a ``WorkDropped`` event says so.
 
-        After the block the session is closed for good: using it raises ``SessionClosed``.
+        After the block the session is closed for good: using it raises ``SessionClosed``. *timeout* is as for
+        ``transaction()``.
         """
+        deadline = earlier(Deadline.given(timeout, "session(timeout=)"), in_force())
         session = self.new_session(str(place_of_caller()))
         ending = Ending(session)
+        ending.keep_to(deadline)
         try:
             yield session
         except BaseException:
@@ -245,17 +249,19 @@ class Database(Gathering[S], Generic[S]):
         await run_to_completion(ending.close())
 
     @asynccontextmanager
-    async def reader(self) -> AsyncGenerator[S]:
+    async def reader(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
         """A session for reading, which holds a connection only while a statement runs: no BEGIN, one round trip each.
 
         Each statement sees what was committed when it began; two of them may see different states. For one state of
         all: ``db.transaction(read_only=True, isolation_level="REPEATABLE READ")``. Raises ``WriteRefused`` for what
         could write (a flush, DML, locking, functions of known names), and at the end of the block if objects were
-        changed. Not seen is what a function of yours writes inside.
+        changed. Not seen is what a function of yours writes inside. *timeout* is as for ``transaction()``.
         """
+        deadline = earlier(Deadline.given(timeout, "reader(timeout=)"), in_force())
         session = self.new_session(str(place_of_caller()))
         guarded_session(session).start_reading()
         ending = Ending(session)
+        ending.keep_to(deadline)
         try:
             yield session
             refuse_changes(session)
@@ -266,7 +272,11 @@ class Database(Gathering[S], Generic[S]):
 
     @asynccontextmanager
     async def transaction(
-        self, *, isolation_level: IsolationLevel | None = None, read_only: bool = False
+        self,
+        *,
+        isolation_level: IsolationLevel | None = None,
+        read_only: bool = False,
+        timeout: float | None = None,
     ) -> AsyncGenerator[S]:
         """A session in a transaction that commits at the end of the block and rolls back if the block raises.
 
@@ -274,12 +284,20 @@ class Database(Gathering[S], Generic[S]):
         was lost while COMMIT was on its way. ``rollback_only(session)`` makes the end a rollback without an
         error. *isolation_level* and *read_only* are those of PostgreSQL's ``SET TRANSACTION`` and cost no
         round trip.
+
+        *timeout* (seconds, from now) bounds the wait for a connection, opening one, every statement, COMMIT and
+        the return, together. When it has passed the connection in hand is severed, and whoever waited is told
+        ``DeadlinePassed`` (``PoolExhausted`` or ``DatabaseUnavailable`` before there was a connection,
+        ``CommitUnknown`` at COMMIT); later uses of the session raise ``DeadlinePassed`` at once. Code in the
+        block that waits for something else is not interrupted.
         """
+        deadline = earlier(Deadline.given(timeout, "transaction(timeout=)"), in_force())
         options = connection_options(self.driver, isolation_level=isolation_level, read_only=read_only)
         holder = str(place_of_caller())
         session = self.new_session(holder, options)
         guard_of(session).owners.append(Owner(f"db.transaction() at {holder}"))
         ending = Ending(session)
+        ending.keep_to(deadline)
         try:
             yield session
         except BaseException:

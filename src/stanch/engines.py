@@ -23,8 +23,9 @@ from stanch.drivers import driver_of, driver_of_engine
 from stanch.errors import ConfigError
 from stanch.ledger import Stats
 from stanch.pool import Pool
-from stanch.seams import judge_statements, replace_transaction_ends, translate_errors
+from stanch.seams import TransactionEnds, translate_errors
 from stanch.settings import Settings
+from stanch.statements import judge_statements
 from stanch.verdict import Asking, Unverified
 from stanch.watch import Watch
 
@@ -151,7 +152,7 @@ def _equip(
             open_beside=pool.open_beside,
         )
     verifier.attach(pool)
-    replace_transaction_ends(sync_engine, settings, driver=driver, watch=watch, verifier=verifier)
+    TransactionEnds(sync_engine, settings, driver=driver, watch=watch, verifier=verifier).replace()
     return Equipped(engine, pool)
 
 

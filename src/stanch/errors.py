@@ -83,7 +83,7 @@ class DriverMissing(ConfigError):
 
 
 class PoolExhausted(StanchError, exc.TimeoutError):
-    """No connection came free within ``pool_timeout``. Nothing was executed."""
+    """No connection came free within ``pool_timeout``, or before the unit's deadline. Nothing was executed."""
 
     error_code = "pool-exhausted"
 
@@ -221,6 +221,6 @@ class AsyncSessionInSyncEndpoint(StanchError, exc.InvalidRequestError):
 
 
 class DeadlinePassed(_Operational):
-    """Something of stanch's own took longer than its deadline allowed; the connection in hand was severed."""
+    """The deadline of a unit of work, or of one step of it, has passed; the connection in hand was severed."""
 
     error_code = "deadline"

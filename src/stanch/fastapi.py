@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection
 
 from stanch.asgi import MODES, CommitMode, UnitMiddleware, unit_of
 from stanch.database import Database
+from stanch.deadlines import Deadline, earlier, judged_length
 from stanch.errors import AsyncSessionInSyncEndpoint, ConfigError
 from stanch.starlette import add_exception_handlers, attend, install
 from stanch.transactions import ISOLATION_LEVELS, IsolationLevel
@@ -47,10 +48,14 @@ class UnitOptions(TypedDict, total=False):
     commit_mode: CommitMode
     isolation_level: IsolationLevel
     read_only: bool
+    timeout: float | None
 
 
 def unit(**options: Unpack[UnitOptions]) -> Callable[[Endpoint], Endpoint]:
     """Set the unit of work of one endpoint; known before any dependency runs. Put it under the route decorator.
+
+    *timeout* (seconds, from the moment the session is asked for) bounds what the unit waits for the database until the
+    reply leaves; of several, and of ``request_timeout``, the one that ends first holds.
 
     >>> @unit(commit_mode="manual")
     ... async def place_order() -> None: ...
@@ -100,6 +105,7 @@ class SessionProvider:
     commit_mode: CommitMode | None
     isolation_level: IsolationLevel | None
     read_only: bool
+    timeout: float | None = None
 
     async def __call__(self, connection: HTTPConnection) -> Any:
         options = UnitOptions()
@@ -110,6 +116,8 @@ class SessionProvider:
         mode = Mode.READ if self.read_only else None
         if self.read_only:
             options["read_only"] = True
+        if self.timeout is not None:
+            options["timeout"] = self.timeout
         return await _session(connection, "provide_session(...)", options, mode=mode, database=self.database)
 
 
@@ -124,19 +132,24 @@ def provide_session(
     commit_mode: CommitMode | None = None,
     isolation_level: IsolationLevel | None = None,
     read_only: bool = False,
+    timeout: float | None = None,
 ) -> SessionProvider:
     """A session dependency with settings of its own; *database* is one of those installed, or its name.
 
     ``BillingDep = Annotated[AsyncSession, Depends(provide_session(billing))]``. Equal arguments give equal
     dependencies, so ``dependency_overrides`` and FastAPI's per-request cache work. *read_only* opens a READ
-    ONLY transaction and bans writers from the unit.
+    ONLY transaction and bans writers from the unit. *timeout* is that of ``@unit``.
 
     >>> provide_session("billing") == provide_session("billing")
     True
     """
-    given: dict[str, Any] = {"commit_mode": commit_mode, "isolation_level": isolation_level}
+    given: dict[str, Any] = {
+        "commit_mode": commit_mode,
+        "isolation_level": isolation_level,
+        "timeout": timeout,
+    }
     _judge_options("provide_session", {key: value for key, value in given.items() if value is not None})
-    return SessionProvider(database, commit_mode, isolation_level, read_only)
+    return SessionProvider(database, commit_mode, isolation_level, read_only, timeout)
 
 
 _SESSION_GIVERS: Final[list[object]] = [get_session, get_reader]
@@ -171,6 +184,10 @@ async def _session(
         mode=mode if mode is not None else MODES[word] if word else unit.mode,
         isolation_level=own.get("isolation_level") or route.get("isolation_level"),
         read_only=own.get("read_only", False),
+        deadline=earlier(
+            Deadline.given(own.get("timeout"), "provide_session(timeout=)"),
+            Deadline.given(route.get("timeout"), "@unit(timeout=)"),
+        ),
     )
     chosen = unit.database(database)
     if route.get("read_only"):
@@ -207,6 +224,8 @@ def _judge_options(where: str, options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{where}: {name} is not an option", remedies=[f"Use one of {', '.join(sorted(allowed))}."]
             )
+        if name == "timeout":
+            judged_length(f"{where}: timeout", value)
         if name == "commit_mode" and value not in MODES:
             raise ConfigError(f"{where}: commit_mode {value!r}", remedies=["Use 'auto' or 'manual'."])
         if name == "isolation_level" and value not in ISOLATION_LEVELS:

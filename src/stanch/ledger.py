@@ -6,6 +6,9 @@ max_overflow``. A slot is idle (its connection is open and nobody holds it) or o
 not yet open). A slot that comes free goes to whoever has waited longest, also when its connection is gone:
 what is handed over is then the right to open one. So a failed connect, a severed connection and a cancelled
 waiter all pass their turn on.
+
+Until a first connection has proved that there is a server, there is only one slot: whoever opens it may have to wait
+for long, and the others had better wait in the queue, which is fair and bounded, than each before the same closed door.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ class Ledger(Generic[Slot]):
     (True, 1)
     """
 
-    __slots__ = ("_clock", "_idle", "_max_overflow", "_out", "_pool_size", "_queue", "_to_keep")
+    __slots__ = ("_clock", "_idle", "_max_overflow", "_out", "_pool_size", "_queue", "_to_keep", "is_opening")
 
     def __init__(
         self, *, pool_size: int, max_overflow: int, clock: Callable[[], float], keeps_idle: bool = True
@@ -102,6 +105,8 @@ class Ledger(Generic[Slot]):
         self._clock = clock
         self._pool_size = pool_size
         self._max_overflow = max_overflow
+        self.is_opening = True
+        """Whether no connection has ever been ready, so that one caller at a time tries to open the first."""
         self._to_keep = pool_size if keeps_idle else 0
         self._idle: deque[Slot] = deque()
         self._out: dict[int, tuple[Slot, Checkout]] = {}
@@ -116,12 +121,18 @@ class Ledger(Generic[Slot]):
             return None
         if self._idle:
             slot = self._idle.popleft()
-        elif len(self._out) < self._pool_size + self._max_overflow:
+        elif len(self._out) < self._room:
             slot = new()
         else:
             return None
         self._hand(slot, task)
         return slot
+
+    def open_up(self, *, new: Callable[[], Slot]) -> None:
+        """A first connection is ready: from now on there is room for all; who waits gets a *new* slot, in order."""
+        self.is_opening = False
+        while self._queue and len(self._out) < self._room:
+            self._serve_next(new())
 
     def enqueue(self, waiter: Waiter[Slot]) -> None:
         """Let *waiter* wait behind all who came before."""
@@ -146,10 +157,7 @@ class Ledger(Generic[Slot]):
         """
         del self._out[id(slot)]
         if self._queue:
-            waiter = self._queue.popleft()
-            self._hand(slot, waiter.task)
-            waiter.slot = slot
-            waiter.wake()
+            self._serve_next(slot)
             return True
         if usable and len(self._idle) < self._to_keep:
             self._idle.append(slot)
@@ -174,6 +182,16 @@ class Ledger(Generic[Slot]):
         """What *task* has held for longest, or None. A session it was handed is on another task's account."""
         mine = (checkout for _, checkout in self._out.values() if checkout.task is task)
         return min(mine, key=lambda checkout: checkout.since, default=None)
+
+    @property
+    def _room(self) -> int:
+        return 1 if self.is_opening else self._pool_size + self._max_overflow
+
+    def _serve_next(self, slot: Slot) -> None:
+        waiter = self._queue.popleft()
+        self._hand(slot, waiter.task)
+        waiter.slot = slot
+        waiter.wake()
 
     def _hand(self, slot: Slot, task: asyncio.Task[object] | None) -> None:
         self._out[id(slot)] = (slot, Checkout(task, self._clock()))

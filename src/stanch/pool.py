@@ -25,6 +25,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_loop, current_task
+from stanch.deadlines import in_force, to_tidy_up, whose, within
 from stanch.errors import DatabaseUnavailable, PoolExhausted
 from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
@@ -68,7 +69,9 @@ class Slot(_ConnectionRecord):
             # The generation from before the connect: one that began before a failover is of the old server.
             self.generation = self._stanch_pool.generation
             self.opened_at = time.monotonic()
-            return self._stanch_pool.within_connect_timeout(self, super().get_connection)
+            connection = self._stanch_pool.within_connect_timeout(self, super().get_connection)
+            self._stanch_pool.open_up(self.ledger)
+            return connection
         return super().get_connection()
 
     def checkin(self, _fairy_was_created: bool = True) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -83,11 +86,12 @@ class Slot(_ConnectionRecord):
 class Pool(SQLAlchemyPool):
     """At most ``pool_size + max_overflow`` connections on each event loop, given to waiters in the order they came.
 
-    Guarantees: a wait ends within ``pool_timeout`` seconds, in a connection or in ``PoolExhausted``; a waiter
-    that is cancelled gives its place back; a connection that is mid-operation or mid-transaction when it is
-    returned is severed, never reused. ``dispose()`` closes what is idle and outdates what is out; the bound
-    and the waiters stay, and ``recreate()`` gives this same pool. A second event loop gets books of its own,
-    and the connections of a loop that was closed are dropped without awaiting.
+    Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
+    ``PoolExhausted``; until a first connection is ready only one caller opens one, and the others wait just so
+    (theirs is ``DatabaseUnavailable``). A waiter that is cancelled gives its place back; a connection that is
+    mid-operation or mid-transaction when it is returned is severed, never reused. ``dispose()`` closes what is idle
+    and outdates what is out; the bound and the waiters stay, and ``recreate()`` gives this same pool. A second event
+    loop gets books of its own, and the connections of a loop that was closed are dropped without awaiting.
     """
 
     def __init__(
@@ -170,7 +174,7 @@ class Pool(SQLAlchemyPool):
         self._watch.run(
             close,
             connection=self._dialect.get_driver_connection(connection),
-            timeout=self._settings.close_timeout,
+            timeout=to_tidy_up(self._settings.close_timeout),
             what="closing a connection",
         )
 
@@ -244,7 +248,7 @@ class Pool(SQLAlchemyPool):
 
     def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
         """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""
-        timeout = 2 * self._settings.connect_timeout
+        timeout = within(2 * self._settings.connect_timeout)
         alarm = asyncio.get_running_loop().call_later(timeout, self._sever, slot)
         due = time.monotonic() + timeout
         try:
@@ -259,14 +263,21 @@ class Pool(SQLAlchemyPool):
                     f"a new connection was lost before it was ready for use ({type(error).__name__})",
                     remedies=["See whether the server was restarted just now: its log says so."],
                 ) from error
+            limit = whose("twice connect_timeout,", timeout)
             raise DatabaseUnavailable(
-                f"a new connection was not ready for use within {timeout:.2f} s; it was severed",
+                f"a new connection was not ready for use in time ({limit}); it was severed",
                 remedies=[
                     "The server accepts connections, but does not answer: look at its log and its load."
                 ],
             ) from error
         finally:
             alarm.cancel()
+
+    def open_up(self, ledger: Ledger[Slot]) -> None:
+        """A connection is ready for use: whoever waited for the first one may open another."""
+        if ledger.is_opening:
+            with self._lock:
+                ledger.open_up(new=lambda: Slot(self, ledger))
 
     def _sever(self, slot: Slot) -> None:
         if slot.dbapi_connection is not None:
@@ -330,7 +341,7 @@ class Pool(SQLAlchemyPool):
         waiter = Waiter[Slot](task, wake=lambda: _wake(loop, turn))
         with self._lock:
             ledger.enqueue(waiter)
-        alarm = loop.call_later(self._settings.pool_timeout, _resolve, turn)
+        alarm = loop.call_later(within(self._settings.pool_timeout), _resolve, turn)
         try:
             await_only(turn)
         except BaseException:
@@ -339,7 +350,9 @@ class Pool(SQLAlchemyPool):
             raise
         finally:
             alarm.cancel()
-        if waiter.slot is None:
+        deadline = in_force()
+        # A turn that comes at the deadline is passed on at once: a connect begun now would only hold up the next.
+        if waiter.slot is None or (deadline is not None and deadline.has_passed):
             error = self._exhausted(ledger)
             self._give_up(ledger, waiter)
             # A connection that came free between the alarm and here was ours; it has gone to the next.
@@ -349,17 +362,25 @@ class Pool(SQLAlchemyPool):
     def _give_up(self, ledger: Ledger[Slot], waiter: Waiter[Slot]) -> None:
         with self._lock:
             unwanted = ledger.give_up(waiter, usable=lambda slot: slot.dbapi_connection is not None)
-        if unwanted is not None:
+        if unwanted is not None and unwanted.dbapi_connection is not None:
             self._drop(unwanted)
 
-    def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted:
+    def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted | DatabaseUnavailable:
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()
             held = [checkout for _, checkout in ledger.held()][:_SHOWN_HOLDERS]
+        deadline = in_force()
+        limit = str(deadline) if deadline and deadline.has_passed else f"{self._settings.pool_timeout:.2f} s"
         lines = "".join(f"\n  held {now - checkout.since:.2f} s by {checkout.holder}" for checkout in held)
+        if ledger.is_opening:
+            return DatabaseUnavailable(
+                f"no connection could be opened within {limit}: the first is still on its way"
+                f" (waiting {stats.waiting}){lines}",
+                remedies=["See whether the server answers: pg_isready -h <host> -p <port>."],
+            )
         return PoolExhausted(
-            f"no connection came free within {self._settings.pool_timeout:.2f} s"
+            f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {_bound(stats)}, waiting {stats.waiting}){lines}",
             remedies=[
                 "Look at who holds longest: await session.commit() before work that waits for something else.",

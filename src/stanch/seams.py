@@ -7,34 +7,29 @@ the instance costs no event: ``Engine._has_events`` stays False.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
-from stanch.callers import place_of_caller
+from stanch.deadlines import in_force, reason_of, to_tidy_up, within
 from stanch.errors import (
     CommitLost,
     CommitRefused,
     CommitUnknown,
     DatabaseUnavailable,
     DeadlinePassed,
-    SessionStateRefused,
 )
-from stanch.reading import Readers
 from stanch.redaction import redact
-from stanch.session_state import INFO_KEY, State, session_state_of
 from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 from stanch.watch import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import (
         DBAPIConnection,
-        DBAPICursor,
         ExceptionContext,
-        ExecutionContext,
     )
 
     from stanch.drivers import Driver
@@ -43,157 +38,86 @@ if TYPE_CHECKING:
     from stanch.watch import Watch
 
 
-def replace_transaction_ends(
-    engine: Engine, settings: Settings, *, driver: Driver, watch: Watch, verifier: Verifier
-) -> None:
-    """Make COMMIT, ROLLBACK and ping of *engine* end within their timeouts, whatever is cancelled meanwhile.
+class TransactionEnds:
+    """The ends of an engine's transactions, within their timeouts, whatever is cancelled meanwhile.
 
-    COMMIT is never cut short by a cancellation. If the connection was lost after it had been written, the
-    *verifier* has the word: it is ``CommitUnknown``, or the truth. All three end in a severed connection if
-    the server stays silent.
+    COMMIT is never cut short by a cancellation. If the connection was lost after it had been written, the *verifier*
+    has the word: it is ``CommitUnknown``, or the truth. Each ends in a severed connection if the server stays silent.
     """
-    dialect = engine.dialect
-    commit, rollback, ping = dialect.do_commit, dialect.do_rollback, dialect.do_ping
-    rollback_to = dialect.do_rollback_to_savepoint
 
-    def do_commit(connection: DBAPIConnection) -> None:
-        undisturbed(commit_and_settle, connection)
+    def __init__(
+        self, engine: Engine, settings: Settings, *, driver: Driver, watch: Watch, verifier: Verifier
+    ) -> None:
+        self._dialect = engine.dialect
+        self._settings = settings
+        self._driver = driver
+        self._watch = watch
+        self._verifier = verifier
+        self._commit = engine.dialect.do_commit
+        self._rollback = engine.dialect.do_rollback
+        self._rollback_to = engine.dialect.do_rollback_to_savepoint
+        self._ping = engine.dialect.do_ping
 
-    def commit_and_settle(connection: DBAPIConnection) -> None:
-        stake = verifier.stake(connection)
-        inner = dialect.get_driver_connection(connection)
+    def replace(self) -> None:
+        """From now on the dialect ends transactions in this way; on this instance only."""
+        dialect = self._dialect
+        dialect.do_commit = self.do_commit  # type: ignore[method-assign,assignment]  # given by position
+        dialect.do_rollback = self.do_rollback  # type: ignore[method-assign,assignment]  # likewise
+        dialect.do_rollback_to_savepoint = self.do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
+        dialect.do_ping = self.do_ping  # type: ignore[method-assign,assignment]  # likewise
+
+    def do_commit(self, connection: DBAPIConnection) -> None:
+        """COMMIT, and if it was lost the question what became of it, as one that nobody can cut short."""
+        undisturbed(self._commit_and_settle, connection)
+
+    def _commit_and_settle(self, connection: DBAPIConnection) -> None:
+        _refuse_overdue()
+        stake = self._verifier.stake(connection)
+        inner = self._dialect.get_driver_connection(connection)
         # Dead before COMMIT is written: the server must roll back, so the outcome is known.
-        lost_before = driver.looks_dead(inner)
+        lost_before = self._driver.looks_dead(inner)
+        timeout = within(self._settings.commit_timeout)
         try:
-            watch.run(commit, connection, connection=inner, timeout=settings.commit_timeout, what="COMMIT")
+            self._watch.run(self._commit, connection, connection=inner, timeout=timeout, what="COMMIT")
         except CommitRefused:
             raise
         except Exception as error:
-            if driver.looks_dead(inner) and not lost_before:
-                verifier.settle(stake, error)
+            if self._driver.looks_dead(inner) and not lost_before:
+                self._verifier.settle(stake, error)
                 return
             raise
 
-    def do_rollback(connection: DBAPIConnection) -> None:
-        verifier.rolled_back(connection)
-        inner = dialect.get_driver_connection(connection)
-        if driver.looks_dead(inner):
+    def do_rollback(self, connection: DBAPIConnection) -> None:
+        """ROLLBACK; costs nothing where there is nothing to roll back."""
+        self._verifier.rolled_back(connection)
+        inner = self._dialect.get_driver_connection(connection)
+        if self._driver.looks_dead(inner):
             return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
-        if driver.is_idle(inner):
-            # Nothing to roll back, nothing to wait for: a reader pays for no watch.
-            rollback(connection)  # type: ignore[arg-type]  # given by position
+        if self._driver.is_idle(inner):
+            self._rollback(connection)  # type: ignore[arg-type]  # given by position
             return
+        self._undo(self._rollback, connection, inner=inner, what="ROLLBACK")
+
+    def do_rollback_to_savepoint(self, connection: Connection, name: str) -> None:
+        """ROLLBACK TO SAVEPOINT: whoever goes on after it must know that it has happened."""
+        inner = connection.connection.driver_connection
+        self._undo(self._rollback_to, connection, name, inner=inner, what="ROLLBACK TO SAVEPOINT")
+
+    def _undo(self, undo: Callable[..., None], *arguments: Any, inner: Any, what: str) -> None:
+        timeout = to_tidy_up(self._settings.close_timeout)
         try:
-            watch.run(rollback, connection, connection=inner, timeout=settings.close_timeout, what="ROLLBACK")
+            self._watch.run(undo, *arguments, connection=inner, timeout=timeout, what=what)
         except Exception:
             # What cannot be rolled back must not go on. Severed it is a disconnect, which SQLAlchemy before 2.1
             # needs to see: of any other failure here it never returns the connection.
-            driver.sever(inner)
+            self._driver.sever(inner)
             raise
 
-    def do_ping(connection: DBAPIConnection) -> bool:
-        inner = dialect.get_driver_connection(connection)
-        return watch.run(
-            ping, connection, connection=inner, timeout=settings.connect_timeout, what="the ping"
-        )
-
-    def do_rollback_to_savepoint(connection: Connection, name: str) -> None:
-        # Whoever goes on after it must know that it has happened.
-        inner = connection.connection.driver_connection
-        try:
-            watch.run(
-                rollback_to,
-                connection,
-                name,
-                connection=inner,
-                timeout=settings.close_timeout,
-                what="ROLLBACK TO SAVEPOINT",
-            )
-        except Exception:
-            driver.sever(inner)
-            raise
-
-    dialect.do_commit = do_commit  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
-    dialect.do_rollback = do_rollback  # type: ignore[method-assign,assignment]  # likewise; given by position
-    dialect.do_rollback_to_savepoint = do_rollback_to_savepoint  # type: ignore[method-assign]  # likewise
-    dialect.do_ping = do_ping  # type: ignore[method-assign,assignment]  # likewise
-
-
-def judge_statements(engine: Engine, settings: Settings) -> None:
-    """Look at each statement of *engine* before it is sent: a reader may not write, session state is noted.
-
-    ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
-    sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
-    """
-    dialect = engine.dialect
-    execute, execute_many = dialect.do_execute, dialect.do_executemany
-    execute_bare = dialect.do_execute_no_params
-    refuse_writes = Readers(dialect).refuse_writes
-    state_of = session_state_of if dialect.name == "postgresql" else _stateless
-    found = _note_state if settings.pooler is None else _refuse_state
-
-    def look(statement: str, rows: Sequence[Any], context: ExecutionContext) -> None:
-        for state in state_of(statement):
-            if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
-                found(state, context)
-
-    # In all three: the compiled text is the same object each time, so its hash is known, and IN lists are not
-    # expanded in it; what was executed as a string has none.
-
-    def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, [parameters], context)
-        execute(cursor, statement, parameters, context)
-
-    def do_executemany(
-        cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
-    ) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, parameters, context)
-        execute_many(cursor, statement, parameters, context)
-
-    def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, [], context)
-        execute_bare(cursor, statement, context)
-
-    dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
-    dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise
-    dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
-
-
-def _stateless(_sql: str) -> tuple[State, ...]:
-    """What a statement leaves in a session where there is none: SQLite."""
-    return ()
-
-
-def _note_state(state: State, context: ExecutionContext) -> None:
-    """Write *state* into the connection's record, where the pool looks at its return."""
-    noted = context.root_connection.info.setdefault(INFO_KEY, {})
-    if state not in noted:
-        noted[state] = place_of_caller()
-
-
-def _refuse_state(state: State, _context: ExecutionContext) -> Never:
-    raise SessionStateRefused(
-        f"{state.what} outlives its transaction, and PgBouncer would hand it to whoever comes next; nothing was sent",
-        remedies=[
-            "Let it end with the transaction: SET LOCAL, set_config(…, …, true), pg_advisory_xact_lock().",
-            "For a temporary table: CREATE TEMP TABLE … ON COMMIT DROP.",
-            "What must live longer (LISTEN, PREPARE, LOAD) needs a connection past PgBouncer.",
-        ],
-    )
-
-
-def _is_true(placeholder: str, parameters: Any) -> bool:
-    try:
-        key = int(placeholder[1:]) - 1 if placeholder[0] == "$" else placeholder[2:-2]
-        return parameters[key] is True
-    except (LookupError, TypeError, ValueError):
-        return False
+    def do_ping(self, connection: DBAPIConnection) -> bool:
+        """The ping, bounded as a connect is."""
+        inner = self._dialect.get_driver_connection(connection)
+        timeout = within(self._settings.connect_timeout)
+        return self._watch.run(self._ping, connection, connection=inner, timeout=timeout, what="the ping")
 
 
 def translate_errors(engine: Engine, *, redacted: bool) -> None:
@@ -208,6 +132,10 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
+            case _ if (passed := _cut_short(context)) is not None:
+                context.is_disconnect = True
+                context.invalidate_pool_on_disconnect = False
+                return passed
             case TimeoutError():
                 # The driver's own limit of a statement (asyncpg's command_timeout). The connection lives.
                 return _too_long(original)
@@ -226,6 +154,24 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
         return None
 
     event.listen(engine, "handle_error", handle_error, retval=True)
+
+
+def _refuse_overdue() -> None:
+    """A COMMIT that nobody could wait for is not begun: the connection goes, and the server rolls back."""
+    deadline = in_force()
+    if deadline is not None and deadline.has_passed:
+        raise deadline.passed(f"{deadline} had passed before COMMIT was begun; its work is rolled back")
+
+
+def _cut_short(context: ExceptionContext) -> DeadlinePassed | None:
+    """What to say instead, if the connection was severed because a deadline had passed."""
+    connection = context.connection
+    if connection is None or connection.invalidated or connection.closed:
+        return None
+    passed = reason_of(connection.connection.driver_connection)
+    if passed is not None:
+        passed.__cause__ = context.original_exception
+    return passed
 
 
 def _asked_for_read_only(context: ExceptionContext) -> bool:

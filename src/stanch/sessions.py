@@ -30,6 +30,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_task, place_of_caller, whereabouts
 from stanch.completion import is_ours, run_to_completion
+from stanch.deadlines import impose, lift
 from stanch.errors import (
     CommitRefused,
     CommitUnknown,
@@ -49,6 +50,7 @@ from stanch.sqltext import is_plain_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
+    from contextvars import Token
 
     from sqlalchemy.engine import Connection
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -97,6 +99,7 @@ class Guard:
 
     __slots__ = (
         "_depth",
+        "_imposed",
         "_left",
         "_on_end",
         "attempt",
@@ -130,7 +133,8 @@ class Guard:
         self._on_end = on_end
         self.connection_options: Mapping[str, Any] = {}
         self.deadline: Deadline | None = None
-        """When the unit of work must be over."""
+        """When the unit of work must be over; in force while a task is inside. Set by ``Ending.keep_to()``."""
+        self._imposed: Token[Deadline | None] | None = None
         self.attempt = Attempt()
         """Which of several attempts at the same work this is."""
         self.committed = False
@@ -172,12 +176,17 @@ class Guard:
             )
         self.inside = task
         self._depth += 1
+        if self._depth == 1 and self.deadline is not None:
+            self._imposed = impose(self.deadline)
 
     def leave(self) -> None:
         """The running task goes out again, as often as it came in."""
         self._depth -= 1
         if not self._depth:
             self.inside = None
+            if self._imposed is not None:
+                imposed, self._imposed = self._imposed, None
+                lift(imposed)
             if self._left is not None:
                 self._left.set()
                 self._left = None
@@ -211,6 +220,13 @@ class Guard:
             self.dropped = dropped
             if self._on_end is not None:
                 self._on_end(self, dropped)
+
+    def refuse_overdue(self) -> None:
+        """Raise ``DeadlinePassed`` once there is a deadline and it has passed."""
+        if self.deadline is not None and self.deadline.has_passed:
+            raise self.deadline.passed(
+                f"{self.holder}: {self.deadline} have passed; its session does nothing more"
+            )
 
     def note_write(self, what: str) -> None:
         """Remember that *what* was written and is not committed yet."""
@@ -539,8 +555,14 @@ class GuardedTransaction(SessionTransaction):
     """A guarded session's transaction: ``session.begin()`` ends it directly, past ``Session.commit()``."""
 
     def commit(self, _to_root: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        """As SQLAlchemy's, for one task at a time; says which error of before stands against it."""
+        """As SQLAlchemy's, for one task at a time; says which error of before stands against it.
+
+        After the deadline nothing is committed any more.
+        """
         with self._ending() as guard:
+            session = cast("GuardedSession", self.session)
+            if guard.deadline is not None and (session.in_transaction_on_server() or session.has_pending()):
+                guard.refuse_overdue()
             frame = guard.hooks.find(self)
             if frame is None:
                 super().commit(_to_root)
@@ -566,6 +588,16 @@ class GuardedTransaction(SessionTransaction):
         """As SQLAlchemy's, for one task at a time."""
         with self._ending():
             super().close(invalidate)
+
+    def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
+        guard = cast("GuardedSession", self.session).guard
+        if guard.deadline is None:
+            return super()._connection_for_bind(*arguments, **keywords)
+        guard.refuse_overdue()
+        connection = super()._connection_for_bind(*arguments, **keywords)
+        # Connecting may have used up the rest, while the alarm has found nothing in hand to sever.
+        guard.refuse_overdue()
+        return connection
 
     @contextmanager
     def _ending(self) -> Generator[Guard]:

@@ -38,6 +38,7 @@ def install(
     *databases: Database[Any],
     commit_mode: CommitMode | None = None,
     unsaved: Unsaved | None = None,
+    request_timeout: float | None = None,
     lifespan: bool = True,
     exception_handlers: bool = True,
     wait: float = 0.0,
@@ -47,9 +48,10 @@ def install(
     The app's own lifespan runs inside: the databases are open before it starts and drained after it ends. At
     start each database must answer within *wait* seconds (0: at once). With ``commit_mode="manual"`` (else
     ``"auto"``) handlers commit for themselves, and *unsaved* (``"warn"``, ``"raise"`` or ``"ignore"``) says what
-    becomes of writes they left. A second call adds its databases. Raises ``ConfigError`` once the app has served
-    its first request. ``lifespan=False`` and ``exception_handlers=False`` leave these parts to you:
-    ``db.lifespan``, ``add_exception_handlers``.
+    becomes of writes they left. *request_timeout* (seconds; None: no limit) bounds what a request waits for the
+    database until its reply leaves, from its arrival on; the reply is then a 503 or 504. A second call adds its
+    databases. Raises ``ConfigError`` once the app has served its first request. ``lifespan=False`` and
+    ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
     """
     if app.middleware_stack is not None:
         raise ConfigError(
@@ -60,7 +62,13 @@ def install(
     known: list[Database[Any]] = middleware.kwargs["databases"] if middleware else []  # type: ignore[assignment]  # our own list, below
     _judge_databases(databases, known)
     # Made once already now, to judge the words before anything of the app is changed.
-    UnitMiddleware(app, databases, commit_mode=commit_mode or "auto", unsaved=unsaved or "warn")
+    UnitMiddleware(
+        app,
+        databases,
+        commit_mode=commit_mode or "auto",
+        unsaved=unsaved or "warn",
+        request_timeout=request_timeout,
+    )
     if middleware is None:
         # The last of the list is innermost; what add_middleware() adds later stays outside.
         app.user_middleware.append(
@@ -69,10 +77,13 @@ def install(
                 databases=list(databases),
                 commit_mode=commit_mode or "auto",
                 unsaved=unsaved or "warn",
+                request_timeout=request_timeout,
             )
         )
     else:
-        _judge_second_words(middleware, commit_mode, unsaved)
+        _judge_second_words(
+            middleware, commit_mode=commit_mode, unsaved=unsaved, request_timeout=request_timeout
+        )
         known += [database for database in databases if database not in known]
     if lifespan:
         _wrap_lifespan(app, databases, wait)
@@ -162,10 +173,8 @@ def _installed_middleware(app: Starlette) -> Middleware | None:
     return next((entry for entry in app.user_middleware if entry.cls is ours), None)
 
 
-def _judge_second_words(
-    middleware: Middleware, commit_mode: CommitMode | None, unsaved: Unsaved | None
-) -> None:
-    for name, word in {"commit_mode": commit_mode, "unsaved": unsaved}.items():
+def _judge_second_words(middleware: Middleware, **words: object) -> None:
+    for name, word in words.items():
         if word is not None and word != middleware.kwargs[name]:
             raise ConfigError(
                 f"install: {name}={word!r}, but this app was installed with {name}={middleware.kwargs[name]!r}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from sqlalchemy import text
 
 from stanch.completion import run_to_completion
+from stanch.deadlines import earlier, give_reason, to_tidy_up, under
 from stanch.errors import ConfigError
 from stanch.events import TeardownFailed
 from stanch.sessions import guard_of, guarded_session
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
+    from stanch.deadlines import Deadline
     from stanch.drivers import Driver
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -65,7 +67,7 @@ class Ending:
     inside; when the time is over the connection is severed, which sends them out with a disconnect error.
     """
 
-    __slots__ = ("_commit_timeout", "_driver", "_observers", "_timeout", "session")
+    __slots__ = ("_alarm", "_commit_timeout", "_driver", "_observers", "_timeout", "session")
 
     def __init__(self, session: AsyncSession) -> None:
         terms = guarded_session(session).terms
@@ -74,6 +76,30 @@ class Ending:
         self._observers = terms.observers
         self._timeout = terms.settings.close_timeout
         self._commit_timeout = terms.settings.commit_timeout
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def keep_to(self, deadline: Deadline | None) -> None:
+        """From now on the session must be done by *deadline*, if it has no earlier one already.
+
+        At that moment the connection in hand is severed: whoever waits for it is told ``DeadlinePassed`` (at COMMIT
+        ``CommitUnknown``), and so is every later use of the session. What is neither in a transaction nor waiting
+        has nothing in hand and is not disturbed. Rolling back and closing stay possible.
+        """
+        guard = guard_of(self.session)
+        kept = earlier(guard.deadline, deadline)
+        if kept is None or kept is guard.deadline:
+            return
+        self.lift_deadline()
+        guard.deadline = kept
+        # A hair later: when the alarm comes, whoever asks finds that the deadline has passed.
+        self._alarm = asyncio.get_running_loop().call_later(kept.remaining() + 0.001, self._cut_short, kept)
+
+    def lift_deadline(self) -> None:
+        """Let the session go on without a deadline."""
+        guard_of(self.session).deadline = None
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
 
     async def commit(self) -> None:
         """Flush, then COMMIT; raises what made it fail."""
@@ -101,7 +127,11 @@ class Ending:
 
     async def close(self) -> None:
         """Close the session for good. A failure is told, not raised: the outcome was decided before."""
-        await self._quietly(self.session.close)
+        try:
+            await self._quietly(self.session.close)
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
 
     async def release(self, savepoint: AsyncSessionTransaction) -> None:
         """Flush, and release *savepoint*: its work is now that of the transaction around it."""
@@ -117,7 +147,9 @@ class Ending:
         guard = guard_of(self.session)
         if guard.inside is None:
             return
-        alarm = asyncio.get_running_loop().call_later(self._timeout, self._turn_out)
+        with under(guard.deadline):
+            timeout = to_tidy_up(self._timeout)
+        alarm = asyncio.get_running_loop().call_later(timeout, self._turn_out)
         try:
             await guard.left()
         finally:
@@ -142,7 +174,7 @@ class Ending:
     async def _quietly(self, ending: Callable[[], Awaitable[None]]) -> None:
         try:
             await self.everyone_out()
-            with self._severed_after(self._timeout):
+            with under(guard_of(self.session).deadline), self._severed_after(to_tidy_up(self._timeout)):
                 await ending()
         except Exception as error:  # noqa: BLE001  # told in full; raising would hide the error under way
             guard = guard_of(self.session)
@@ -155,6 +187,14 @@ class Ending:
             yield
         finally:
             alarm.cancel()
+
+    def _cut_short(self, deadline: Deadline) -> None:
+        guard = guard_of(self.session)
+        when = "its transaction was open" if guard.inside is None else "a statement was running"
+        what = f"{guard.holder}: {deadline} passed while {when}; its connection was severed"
+        for connection in guarded_session(self.session).driver_connections():
+            give_reason(connection, deadline, what)
+            self._driver.sever(connection)
 
     def _sever(self) -> None:
         for connection in guarded_session(self.session).driver_connections():

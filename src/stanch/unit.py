@@ -7,7 +7,8 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from stanch.completion import run_to_completion
-from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites
+from stanch.deadlines import earlier
+from stanch.errors import ConfigError, NotInstalled, PartialCommit, UnitConflict, UnsavedWrites
 from stanch.events import WorkDropped
 from stanch.sessions import Owner, guarded_session, refuse_changes
 from stanch.transactions import ISOLATION_LEVELS, Ending, IsolationLevel, connection_options
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.database import Database
+    from stanch.deadlines import Deadline
     from stanch.sessions import GuardedSession
 
 Unsaved = Literal["warn", "raise", "ignore"]
@@ -52,6 +54,7 @@ class Wish:
     mode: Mode
     isolation_level: IsolationLevel | None = None
     read_only: bool = False
+    deadline: Deadline | None = None
 
     @property
     def reads_alone(self) -> bool:
@@ -59,7 +62,7 @@ class Wish:
         return self.mode is Mode.READ and self.isolation_level is None and not self.read_only
 
     def join(self, other: Wish) -> Wish:
-        """Both wishes as one: the stronger mode, the stronger isolation; ``read_only`` bans writers.
+        """Both wishes as one: the stronger mode and isolation, the earlier deadline; ``read_only`` bans writers.
 
         Raises ``UnitConflict``, naming both places, when one is a writer and the other bans it.
         """
@@ -77,6 +80,7 @@ class Wish:
             mode=max(self.mode, other.mode),
             isolation_level=max(self.isolation_level, other.isolation_level, key=_strength),
             read_only=ban.read_only,
+            deadline=earlier(self.deadline, other.deadline),
         )
 
 
@@ -94,6 +98,7 @@ class Charge:
         self.wish = wish
         self.session: AsyncSession = database.new_session(holder)
         self.ending = Ending(self.session)
+        self.ending.keep_to(wish.deadline)
         self._apply_options()
 
     async def join(self, wish: Wish) -> None:
@@ -111,6 +116,7 @@ class Charge:
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
         self.wish = joined
+        self.ending.keep_to(joined.deadline)
         if stronger or starts_writing:
             self._apply_options()
 
@@ -168,13 +174,15 @@ class Unit:
     between the two is a unit of its own, settled by the next ``settle`` or by ``close``.
     """
 
-    __slots__ = ("_charges", "connection", "databases", "holder", "kind", "mode", "unsaved")
+    __slots__ = ("_charges", "connection", "databases", "deadline", "holder", "kind", "mode", "unsaved")
 
     def __init__(self, databases: Sequence[Database[Any]], *, kind: Kind) -> None:
         self.databases = databases
         self.kind = kind
         self.mode = Mode.AUTO
         self.unsaved: Unsaved = "warn"
+        self.deadline: Deadline | None = None
+        """When the reply must be on its way; for every session of the unit."""
         self.holder = kind.value
         self.connection: Any = None
         """The framework's connection object, for whoever must answer in place of a failed reply."""
@@ -193,6 +201,13 @@ class Unit:
         if self.kind is Kind.WEBSOCKET and wish.mode is Mode.AUTO:
             # Another socket's broadcast passes through this socket's send: no message can mean "commit".
             wish = replace(wish, mode=Mode.MANUAL)
+        if self.kind is Kind.WEBSOCKET and wish.deadline is not None:
+            raise ConfigError(
+                f"{wish.deadline.source} was given for {self.holder}: a websocket lasts as long as its peer wants",
+                remedies=["Give each message a deadline: async with db.transaction(timeout=...) as session."],
+            )
+        if self.deadline is not None:
+            wish = replace(wish, deadline=earlier(self.deadline, wish.deadline))
         charge = self._charges.get(id(database))
         if charge is None:
             charge = self._charges[id(database)] = Charge(database, wish, self.holder)
@@ -231,6 +246,12 @@ class Unit:
         busy = [charge for charge in charges if not charge.quiet]
         if busy:
             await run_to_completion(self._settle(busy, commit=commit and not marked))
+
+    def answered(self) -> None:
+        """The reply is on its way: what its body and background tasks do is no longer bound by its deadline."""
+        self.deadline = None
+        for charge in self._charges.values():
+            charge.ending.lift_deadline()
 
     async def close(self, *, well: bool) -> None:
         """Settle what was done since the reply (commit if the call ended *well*), then close every session."""

@@ -57,6 +57,9 @@ class Subject:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     outer: tuple[str, ...] = ()
     """What stands around the app; the first is innermost."""
+    request_timeout: float | None = None
+    cold: bool = False
+    """Whether the app starts without a connection."""
 
     def build(self) -> FastAPI:
         app = FastAPI()
@@ -64,7 +67,7 @@ class Subject:
         handlers.add_to(app)
         if self.wiring == "stanch":
             db = Database(self.url, **self.settings)
-            install(app, db)
+            install(app, db, request_timeout=self.request_timeout, lifespan=not self.cold)
             _add_inspection(app, db)
         else:
             _commit_after_yield(app, self.url, self.settings)
@@ -172,6 +175,7 @@ class Handlers:
         app.post("/slow/{key}/{seconds}", status_code=201)(commit_slowly)
         app.post("/orphans/{key}", status_code=201)(break_deferred_constraint)
         app.post("/held/{key}", status_code=201)(self.wait_at_gate)
+        app.post("/errors/held/{key}")(self.fail_at_gate)
         app.post("/swallow/{way}/{key}", status_code=201)(swallow)
         app.post("/errors/status/{key}")(set_status)
         app.post("/errors/returned/{key}")(return_error)
@@ -198,6 +202,11 @@ class Handlers:
         await session.flush()
         await self.gates.setdefault(key, asyncio.Event()).wait()
         del self.gates[key]
+
+    async def fail_at_gate(self, key: str, session: SessionDep) -> None:
+        """As before, and then an error reply: what was written is rolled back."""
+        await self.wait_at_gate(key, session)
+        raise HTTPException(422, "no")
 
     async def write_pair(
         self, key: str, session: SessionDep, cut: str = "none", after: float = 60.0, pause: float = 0.004

@@ -31,6 +31,8 @@ from stanch.drivers.base import (
     commit_refused,
     made_ours,
     reach,
+    rides_on_begin,
+    started_with,
 )
 from stanch.drivers.options import ASYNCPG, engine_options_of, gather, plain_url
 
@@ -63,14 +65,20 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
 
     @override
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg; but a COMMIT that was none raises, and a BEGIN that fails leaves no transaction."""
+        """As asyncpg; but a COMMIT that was none raises, and a BEGIN that fails leaves no transaction.
+
+        Under a deadline BEGIN tells the server of it.
+        """
         if query == "COMMIT;":
             # asyncpg's command_timeout would send a CancelRequest after a COMMIT; commit_timeout bounds it.
             timeout = 1e6
+        begins = query.startswith("BEGIN")  # what asyncpg's Transaction.start() writes
+        if begins:
+            query += rides_on_begin(self)
         try:
             tag: str = await _any(super()).execute(query, *args, timeout=timeout)
         except BaseException:
-            if query.startswith("BEGIN"):
+            if begins:
                 # asyncpg would take the next BEGIN for a savepoint, and SQLAlchemy has nothing to roll back.
                 _any(self)._top_xact = None  # noqa: SLF001  # see the docstring of the module
                 await run_to_completion(self._undo_begin())
@@ -95,14 +103,17 @@ class Opener:
     timeout: float
     theirs: Callable[..., Awaitable[Any]] | None = None
     """The user's own way to open one; the class of what it gives is exchanged afterwards."""
+    statement_timeout: float | None = None
+    """What the server is told at the start."""
 
     async def __call__(self, *args: Any, **parameters: Any) -> Any:
         hosts, ports = (_listed(parameters.get(name)) for name in ("host", "port"))
-        return await reach(
+        opened = await reach(
             attempts(partial(self._open, *args), parameters, hosts=hosts, ports=ports),
             timeout=self.timeout,
             refusals=(_asyncpg.PostgresError, _asyncpg.InterfaceError, _asyncpg.InternalClientError),
         )
+        return started_with(opened, self.statement_timeout)
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
         if self.theirs is not None:
@@ -202,7 +213,9 @@ class AsyncpgDriver(Driver):
             connect_args["server_settings"] = dict(wishes.server)
         if settings.pooler is not None:
             connect_args |= _without_names(connect_args)
-        connect_args["async_creator_fn"] = Opener(wishes.timeout, connect_args.get("async_creator_fn"))
+        connect_args["async_creator_fn"] = Opener(
+            wishes.timeout, connect_args.get("async_creator_fn"), wishes.statement_timeout
+        )
         options = engine_options_of(settings)
         if options.get("isolation_level") == "READ UNCOMMITTED":
             # The same to PostgreSQL; SQLAlchemy's asyncpg dialect does not know the other.
@@ -219,6 +232,8 @@ class AsyncpgDriver(Driver):
     def sever(self, connection: Any) -> None:
         try:
             connection.terminate()
+            # asyncpg 0.30 leaves it open if close() is under way, which then waits for ever.
+            connection._transport.abort()  # noqa: SLF001  # see the docstring of the module
         except Exception:  # noqa: BLE001  # its loop is closed: what the loop would have called is called here
             with suppress(Exception):
                 connection._transport._call_connection_lost(None)  # noqa: SLF001  # see the docstring of the module

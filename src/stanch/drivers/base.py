@@ -10,7 +10,9 @@ from functools import partial
 from traceback import clear_frames
 from types import new_class
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
+from weakref import WeakKeyDictionary
 
+from stanch.deadlines import in_force, whose, within
 from stanch.errors import CommitRefused, DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -142,11 +144,13 @@ def attempts(
 async def reach(attempts: Sequence[Attempt], *, timeout: float, refusals: tuple[type[Exception], ...]) -> Any:
     """The connection of the first of *attempts* that works, all of them together within *timeout* seconds.
 
+    Or less, under a deadline.
+
     Each gets its share of the time that is left. Raises `DatabaseUnavailable`, whose cause is the last failure: an
     ``OSError`` or one of the driver's *refusals*. When it is cancelled, no socket is left open.
     """
     clock = asyncio.get_running_loop().time
-    deadline = clock() + timeout
+    deadline = clock() + within(timeout)
     troubles: tuple[type[Exception], ...] = (OSError, UnicodeError, *refusals)  # UnicodeError: no host name
     failures: list[tuple[str, Exception]] = []
     for number, attempt in enumerate(attempts):
@@ -195,11 +199,42 @@ def made_ours(connection: Any, ours: type[Any]) -> Any:
     return connection
 
 
+_statement_timeouts: Final[WeakKeyDictionary[Any, float]] = WeakKeyDictionary()
+"""The ``statement_timeout`` in seconds that a connection was started with."""
+
+_SERVER_FIRST: Final = 0.1
+"""Seconds by which the server, if it is alive, ends a statement before the deadline does: that keeps the connection."""
+
+
+def started_with(connection: Any, statement_timeout: float | None) -> Any:
+    """*connection*, of which is remembered that every statement of it may take *statement_timeout* seconds."""
+    if statement_timeout is not None:
+        with suppress(TypeError):  # a proxy that takes no weak reference
+            _statement_timeouts[connection] = statement_timeout
+    return connection
+
+
+def rides_on_begin(connection: Any) -> str:
+    """What to send together with BEGIN: under a deadline, the ``statement_timeout`` of this transaction.
+
+    The deadline cannot be lengthened by that: each statement also ends when the connection is severed. It makes the
+    server stop working for nobody. ``SET LOCAL`` ends with the transaction (PostgreSQL manual, *SET*).
+    """
+    deadline = in_force()
+    if deadline is None:
+        return ""
+    left = deadline.remaining()
+    limit = left - min(_SERVER_FIRST, left / 10)
+    if limit >= _statement_timeouts.get(connection, limit + 1):
+        return ""
+    return f" SET LOCAL statement_timeout = {max(1, int(limit * 1000)):d};"
+
+
 def unavailable(failures: Sequence[tuple[str, Exception]], timeout: float) -> DatabaseUnavailable:
     """What to tell the operator; nothing of it is for a reply."""
     told = "; ".join(f"{where} {_reason(error)}" for where, error in failures)
     return DatabaseUnavailable(
-        f"no connection to the database (connect_timeout {timeout:.2f} s): {told}",
+        f"no connection to the database ({whose('connect_timeout', timeout)}): {told}",
         remedies=[
             "See whether the server runs and listens there: pg_isready -h <host> -p <port>.",
             "If it answers, its log says whom it turned away and why; the driver's own error is the cause of this one.",

@@ -105,9 +105,20 @@ class Wishes:
     own: Mapping[str, Any]
     """What only this driver knows."""
 
+    @property
+    def statement_timeout(self) -> float | None:
+        """The server's limit of every statement, in seconds; None if there is none, or none that can be read here."""
+        said = _SERVER_TIME.fullmatch(self.server.get("statement_timeout", ""))
+        seconds = float(said[1]) * _UNITS[said[2] or "ms"] if said else 0.0
+        return seconds or None
+
     def __repr__(self) -> str:
         return f"<Wishes {sorted((*self.tls, *self.server, *self.plain, *self.own))}>"
 
+
+_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SERVER_TIME: Final = re.compile(rf"\s*([0-9]+(?:\.[0-9]+)?)\s*({'|'.join(_UNITS)})?\s*", re.ASCII)
+"""A length of time as PostgreSQL reads it (PostgreSQL manual, *Parameter Names and Values*); bare, it is in ms."""
 
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _TLS_VERSIONS: Final = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")

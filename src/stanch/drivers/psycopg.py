@@ -1,6 +1,8 @@
 """psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle.
 
 Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`).
+Private names of psycopg's, in this module only: ``AsyncConnection._exec_command``, by which it sends BEGIN, and
+``_pipeline``, in which BEGIN may not be two statements.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import psycopg
-from psycopg import pq, waiting
+from psycopg import errors, generators, pq, waiting
 from typing_extensions import override
 
 from stanch.completion import run_to_completion
@@ -30,6 +32,8 @@ from stanch.drivers.base import (
     commit_refused,
     made_ours,
     reach,
+    rides_on_begin,
+    started_with,
 )
 from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of, gather, plain_url
 
@@ -136,6 +140,20 @@ class Connection(psycopg.AsyncConnection[Any]):
             if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                 self.pgconn.finish()
 
+    def _exec_command(self, command: Any, *arguments: Any, **keywords: Any) -> Any:
+        """As psycopg, which sends BEGIN in this way; under a deadline the server is told of it at once."""
+        more = b""
+        if isinstance(command, bytes) and command.startswith(b"BEGIN") and self._pipeline is None:
+            more = rides_on_begin(self).encode()
+        if not more:
+            return (yield from super()._exec_command(command, *arguments, **keywords))
+        # psycopg itself refuses two results; to its caller the answer to BEGIN is none.
+        self.pgconn.send_query(command + b";" + more)
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status != pq.ExecStatus.COMMAND_OK:
+                raise errors.error_from_result(result)
+        return None
+
 
 class ServerCursor(psycopg.AsyncServerCursor[Any]):
     """A psycopg server cursor whose ``close()`` is whole: done twice, the second would break the transaction."""
@@ -158,16 +176,19 @@ class Opener:
     timeout: float
     theirs: Callable[..., Awaitable[Any]] | None = None
     """The user's own way to open one; the class of what it gives is exchanged afterwards."""
+    statement_timeout: float | None = None
+    """What the server is told at the start."""
 
     async def __call__(self, *args: Any, **parameters: Any) -> Any:
         hosts, ports = (str(parameters.get(name) or "").split(",") for name in ("host", "port"))
         if "hostaddr" in parameters or parameters.get("load_balance_hosts") == "random":
             hosts = []  # psycopg's own business, then
-        return await reach(
+        opened = await reach(
             attempts(partial(self._open, *args), parameters, hosts=hosts, ports=ports),
             timeout=self.timeout,
             refusals=(psycopg.Error,),
         )
+        return started_with(opened, self.statement_timeout)
 
     async def _open(self, *args: Any, **parameters: Any) -> Any:
         if self.theirs is not None:
@@ -198,7 +219,9 @@ class PsycopgDriver(Driver):
             connect_args["options"] = as_libpq_options(server)
         if settings.pooler is not None:
             connect_args.setdefault("prepare_threshold", None)  # no statement that outlives its transaction
-        connect_args["async_creator_fn"] = Opener(wishes.timeout, connect_args.get("async_creator_fn"))
+        connect_args["async_creator_fn"] = Opener(
+            wishes.timeout, connect_args.get("async_creator_fn"), wishes.statement_timeout
+        )
         return Plan(plain_url(url, self.name), connect_args, engine_options_of(settings), settings)
 
     @override
