@@ -13,11 +13,12 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stanch.asgi import CommitMode, UnitMiddleware, unit_of
+from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, unit_of
 from stanch.database import Database
 from stanch.errors import ConfigError, StanchError
 from stanch.events import logger
 from stanch.problems import MEDIA_TYPE, problem_of
+from stanch.recording import Replayed
 from stanch.redaction import redact
 from stanch.unit import Mode, Unit, Unsaved, Wish
 
@@ -89,6 +90,7 @@ def add_exception_handlers(app: Starlette) -> None:
     handler: Any = _answer  # Starlette's type knows only requests, its machinery also gives websockets
     for kind in (SQLAlchemyError, StanchError, ExceptionGroup):
         app.exception_handlers.setdefault(kind, handler)
+    app.exception_handlers.setdefault(Replayed, _make_way)
 
 
 # Sessions -------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def _holder(scope: Mapping[str, Any]) -> str:
 
 
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
-    problem = problem_of(error)
+    problem = problem_of(error, repeatable=is_recorded(connection.scope))
     if isinstance(connection, WebSocket):
         await _hang_up(connection)
     if problem is None:
@@ -142,6 +144,11 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
     if isinstance(connection, WebSocket):
         return None
     return JSONResponse(problem.body, problem.status, problem.headers, MEDIA_TYPE)
+
+
+async def _make_way(_request: Request, _replayed: Exception) -> Response:
+    # The app's own handler for HTTPException need not know of replays. The recorded reply takes this one's place.
+    return Response()
 
 
 async def _hang_up(socket: WebSocket) -> None:

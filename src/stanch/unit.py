@@ -208,6 +208,19 @@ class Unit:
             ],
         )
 
+    def will_commit(self, database: Database[Any]) -> bool:
+        """Whether success commits the session of *database*."""
+        charge = self._charges.get(id(database))
+        return charge is not None and charge.wish.mode is Mode.AUTO
+
+    def committing(self) -> list[str]:
+        """The names of the databases in which success would commit writes, as far as can be known now."""
+        return [
+            charge.database.name
+            for charge in self._in_order()
+            if charge.wish.mode is Mode.AUTO and charge.unsaved
+        ]
+
     def adopt(self, databases: Sequence[Database[Any]]) -> None:
         """Put the databases of an app mounted inside before the others: its default is its own first."""
         self.databases = [*databases, *(other for other in self.databases if other not in databases)]
