@@ -583,11 +583,16 @@ CUTS = (Verdict.CUT, Verdict.CUT_ANSWER)
 
 
 def cut_at(chance: random.Random) -> OnClientMessage:
-    """A hook that cuts the wire at one random message of those that a request takes."""
+    """A hook that cuts the wire at one random message of those that a request takes.
+
+    After an answer only where the answer has an end: to a Query or a Sync.
+    """
     verdict, left = chance.choice(CUTS), chance.randrange(1, 12)
 
-    def judge(_kind: str, _payload: bytes) -> Verdict:
+    def judge(kind: str, _payload: bytes) -> Verdict:
         nonlocal left
+        if verdict is Verdict.CUT_ANSWER and kind not in "QS":
+            return Verdict.FORWARD
         left -= 1
         return verdict if left == 0 else Verdict.FORWARD
 
