@@ -9,14 +9,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, unit_of
 from stanch.database import Database
-from stanch.errors import ConfigError, StanchError
+from stanch.errors import ClientGone, ConfigError, StanchError
 from stanch.events import logger
+from stanch.hangup import HangUp
 from stanch.problems import MEDIA_TYPE, problem_of
 from stanch.recording import Replayed
 from stanch.redaction import redact
@@ -119,6 +120,28 @@ def attend(connection: HTTPConnection) -> Unit:
         unit.connection = connection
     unit.holder = _holder(connection.scope)
     return unit
+
+
+async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSession) -> None:
+    """Have *session* stop reading when the client of *connection* leaves; on a websocket nothing is watched.
+
+    Reads the whole body first, which the request keeps: whoever waits for the end of the line would else take it.
+    Raises ``ClientGone`` if the client has left before its request was complete.
+    """
+    if not isinstance(connection, Request):
+        return
+    unit = attend(connection)
+    if unit.line is None:
+        try:
+            with suppress(RuntimeError):  # FastAPI has read it already, as a form
+                await connection.body()
+        except ClientDisconnect:
+            raise ClientGone(
+                f"the client of {unit.holder} has left before its request was complete"
+            ) from None
+        unit.line = HangUp(connection.receive)
+    assert isinstance(unit.line, HangUp)
+    unit.line.stop_reading(session)
 
 
 def _holder(scope: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from stanch.completion import run_to_completion
 from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites, WriteRefused
@@ -154,6 +154,14 @@ class Charge:
         self._sync.guard.connection_options = options
 
 
+class Line(Protocol):
+    """The watched line to a client, which must end before anything is committed."""
+
+    def end(self) -> None:
+        """Watch no longer."""
+        ...
+
+
 class Unit:
     """The unit of work of one request: at most one session for each database, opened on first use.
 
@@ -161,7 +169,7 @@ class Unit:
     between the two is a unit of its own, settled by the next ``settle`` or by ``close``.
     """
 
-    __slots__ = ("_charges", "connection", "databases", "holder", "kind", "mode", "unsaved")
+    __slots__ = ("_charges", "connection", "databases", "holder", "kind", "line", "mode", "unsaved")
 
     def __init__(self, databases: Sequence[Database[Any]], *, kind: Kind) -> None:
         self.databases = databases
@@ -171,6 +179,8 @@ class Unit:
         self.holder = kind.value
         self.connection: Any = None
         """The framework's connection object, for whoever must answer in place of a failed reply."""
+        self.line: Line | None = None
+        """Watched where the route stops reading when its client hangs up."""
         self._charges: dict[int, Charge] = {}
 
     @property
@@ -232,6 +242,9 @@ class Unit:
         them flush and check their deferred constraints before the first COMMIT, commits follow the order of
         installation, and a failure after the first success is ``PartialCommit``. Cannot be cancelled halfway.
         """
+        if self.line is not None:
+            line, self.line = self.line, None
+            line.end()
         charges = self._in_order()
         marked = [charge for charge in charges if charge.take_rollback_only()]
         busy = [charge for charge in charges if not charge.quiet]
