@@ -11,8 +11,7 @@ outside ever sees a cancellation that it did not ask for, and one that comes fro
 from __future__ import annotations
 
 import asyncio
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stanch.callers import current_task
 from stanch.completion import is_ours
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, MutableMapping
 
     from sqlalchemy.ext.asyncio import AsyncSession
+
+
+_MADE: Final = "_stanch_readers_class"
 
 
 class HangUp:
@@ -46,7 +48,7 @@ class HangUp:
         if not isinstance(reader, ReadersSession):
             reader.__class__ = _readers_class(type(reader))
             reader = cast("ReadersSession", reader)
-            reader.line, reader.reading = self, None
+            reader.line, reader.running = self, None
             self._readers.append(reader)
 
     def end(self) -> None:
@@ -71,25 +73,25 @@ class ReadersSession(GuardedSession):
     """A session of a client that may hang up, as long as the line is watched."""
 
     line: HangUp
-    reading: Reading | None
+    running: Reading | None
 
     def cancel_reading(self) -> None:
         """Cancel the statement that is running, if it only reads, as far as can be known."""
-        if self.reading is not None and not self._has_written():
-            self.reading.cancel()
+        if self.running is not None and not self._has_written():
+            self.running.cancel()
 
     def _execute_internal(self, statement: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self.reading is not None or is_ours(current_task()):
+        if self.running is not None or is_ours(current_task()):
             # Within another statement, or of ours: settling is not for anybody to stop.
             return super()._execute_internal(statement, *arguments, **keywords)
         if self.line.happened and not self._has_written():
             raise _gone(self.guard.holder)
-        self.reading = Reading(self.guard.holder)
+        self.running = Reading(self.guard.holder)
         try:
-            with self.reading:
+            with self.running:
                 return super()._execute_internal(statement, *arguments, **keywords)
         finally:
-            self.reading = None
+            self.running = None
 
     def _has_written(self) -> bool:
         return bool(self.guard.wrote) or self.has_pending()
@@ -123,9 +125,13 @@ class Reading:
             raise _gone(self._holder) from error
 
 
-@cache
-def _readers_class(base: type[Any]) -> type[ReadersSession]:
-    return type(f"Readers{base.__name__}", (ReadersSession, base), {})
+def _readers_class(base: type[GuardedSession]) -> type[ReadersSession]:
+    # Kept on the class itself, so that it lives no longer than its Database.
+    made: type[ReadersSession] | None = vars(base).get(_MADE)
+    if made is None:
+        made = type(f"Readers{base.__name__}", (ReadersSession, base), {})
+        setattr(base, _MADE, made)
+    return made
 
 
 def _gone(holder: str) -> ClientGone:

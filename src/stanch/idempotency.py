@@ -207,7 +207,7 @@ class IdempotencyKey:
             raise Replayed(stored.status)
 
         async def save(reply: StoredReply) -> None:
-            await database.ending(session).everyone_out()
+            await unit.vacate(database)
             if guard_of(session).rollback_only:
                 return
             _refuse_several(unit, database)

@@ -223,6 +223,10 @@ class Unit:
         charge = self._charges.get(id(database))
         return charge is not None and charge.wish.mode is Mode.AUTO
 
+    async def vacate(self, database: Database[Any]) -> None:
+        """Wait, as before a commit, until no task is inside the session of *database*."""
+        await self._charges[id(database)].ending.everyone_out()
+
     def committing(self) -> list[str]:
         """The names of the databases in which success would commit writes, as far as can be known now."""
         return [
