@@ -153,8 +153,7 @@ class IdempotencyKey:
     caller: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        table: Any = self.table
-        if not isinstance(table, Table) or _COLUMNS - set(table.c.keys()):
+        if not _is_table_of_keys(self.table):
             raise ConfigError(
                 "IdempotencyKey: the first argument must be a table made by idempotency_table()",
                 remedies=["Write keys = idempotency_table(Base.metadata), then IdempotencyKey(keys)."],
@@ -294,6 +293,10 @@ class _Entry:
 
 
 # Private --------------------------------------------------------------------------------------------------
+
+
+def _is_table_of_keys(table: object) -> bool:
+    return isinstance(table, Table) and {column.name for column in cast("Table", table).columns} >= _COLUMNS
 
 
 def _key_of(request: Request, *, required: bool) -> str | None:

@@ -537,6 +537,7 @@ async def test_the_primary_key_has_the_last_word_where_no_lock_was_held(once: Sh
         second = await once.post("/slow", headers=keyed())
         go_on.set()
     assert (second.status_code, first.result().status_code) == (200, 409)
+    assert first.result().json()["type"] == "urn:stanch:problem:idempotency-in-progress"
     assert await once.audit() == ["slow"]
 
 
@@ -678,8 +679,9 @@ async def test_purge_refuses_to_forget_everything(shop: Shop) -> None:
 
 @pytest.mark.parametrize("wrong", [{"table": "keys"}, {"table": None}, {"max_body": 0}, {"max_body": True}])
 def test_a_wrong_argument_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"table": KEYS, **wrong}
     with pytest.raises(ConfigError, match="IdempotencyKey"):
-        IdempotencyKey(**{"table": KEYS, **wrong})
+        IdempotencyKey(**arguments)
 
 
 def test_equal_arguments_make_equal_dependencies() -> None:
