@@ -48,7 +48,7 @@ from stanch.errors import (
 )
 from stanch.fastapi import provide_session
 from stanch.recording import Recording, Replay, Replayed, StoredReply
-from stanch.sessions import GuardedSession, guard_of
+from stanch.sessions import GuardedSession
 from stanch.unit import Unit
 
 __all__ = ["IdempotencyKey", "idempotency_table", "purge"]
@@ -207,8 +207,6 @@ class IdempotencyKey:
 
         async def save(reply: StoredReply) -> None:
             await unit.vacate(database)
-            if guard_of(session).rollback_only:
-                return
             _refuse_several(unit, database)
             await entry.save(reply)
 

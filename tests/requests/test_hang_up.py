@@ -49,7 +49,7 @@ class Client:
 
 
 @asynccontextmanager
-async def asleep(shop: Shop, path: str, *, clients: int, served: bool = True) -> AsyncGenerator[list[Client]]:
+async def asleep(shop: Shop, path: str, *, clients: int) -> AsyncGenerator[list[Client]]:
     """So many clients whose requests are all asleep in the database."""
     async with serve(shop.app) as url:
         callers = [Client(url) for _ in range(clients)]
@@ -59,9 +59,10 @@ async def asleep(shop: Shop, path: str, *, clients: int, served: bool = True) ->
         try:
             yield callers
         finally:
+            # First the queries, then the clients: not a hang-up and the end of a backend at the same time.
+            await shop.judge.fetch(SLEEPING.replace("SELECT pid", "SELECT pg_terminate_backend(pid)"))
             for caller in callers:
                 await caller.hang_up()
-            await shop.judge.fetch(SLEEPING.replace("SELECT pid", "SELECT pg_terminate_backend(pid)"))
 
 
 async def within(seconds: float, condition: Any) -> float:

@@ -326,7 +326,7 @@ async def test_a_caller_who_is_nobody_is_refused(shop: Shop, nobody: object) -> 
 # What is not recorded -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["returned", "raised", "broken"])
+@pytest.mark.parametrize("how", ["returned", "raised", "streamed", "broken"])
 async def test_a_reply_that_stores_nothing_is_not_recorded(once: Shop, how: str) -> None:
     tried: list[str] = []
 
@@ -340,10 +340,12 @@ async def test_a_reply_that_stores_nothing_is_not_recorded(once: Shop, how: str)
             raise HTTPException(404)
         if how == "broken":
             raise ZeroDivisionError
+        if how == "streamed":  # what is not recorded need not be recordable
+            return StreamingResponse(iter([b"no", b"such", b"lamp"]), 410)
         return Response(status_code=409)
 
     first, second, third = [(await once.post("/lamps", headers=keyed())).status_code for _ in range(3)]
-    assert first == {"returned": 409, "raised": 404, "broken": 500}[how]
+    assert first == {"returned": 409, "raised": 404, "streamed": 410, "broken": 500}[how]
     assert (second, third, len(tried)) == (201, 201, 2)
     assert await once.audit() == ["lamp"]
 
@@ -368,9 +370,17 @@ async def test_a_unit_marked_rollback_only_is_not_recorded(once: Shop) -> None:
     assert (await records(once), await once.audit()) == (0, [])
 
 
-@pytest.mark.parametrize("kind", ["stream", "too large", "declared too large", "pieces too large"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("stream", "is streamed without a declared length"),
+        ("too large", "has more than the 100 bytes that are recorded"),
+        ("declared too large", "has 101 bytes, more than the 100 that are recorded"),
+        ("pieces too large", "has more than the 100 bytes that are recorded"),
+    ],
+)
 async def test_a_reply_that_cannot_be_recorded_is_refused_and_nothing_is_stored(
-    once: Shop, kind: str
+    once: Shop, kind: str, told: str
 ) -> None:
     async def pieces() -> AsyncGenerator[bytes]:
         for _ in range(3):
@@ -381,7 +391,7 @@ async def test_a_reply_that_cannot_be_recorded_is_refused_and_nothing_is_stored(
         await session.execute(WORK, {"what": "lamp"})
         match kind:
             case "stream":
-                return StreamingResponse(pieces())
+                return StreamingResponse(iter([b"short"]))
             case "pieces too large":
                 return StreamingResponse(pieces(), headers={"content-length": "100"})
             case "declared too large":
@@ -394,7 +404,7 @@ async def test_a_reply_that_cannot_be_recorded_is_refused_and_nothing_is_stored(
     reply = await call(once.app, "/lamps", headers=keyed())
     assert reply.starts == [500]
     assert comes_from(reply.error, ReplyNotRecordable)
-    assert "POST /lamps: the reply" in str(reply.error)
+    assert f"POST /lamps: the reply {told}" in str(reply.error)
     assert (await records(once), await once.audit()) == (0, [])
 
 
