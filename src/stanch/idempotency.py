@@ -203,7 +203,7 @@ class IdempotencyKey:
             # Also what dependencies before this one have done now: it was done the first time.
             rollback_only(session)
             record(request.scope, Replay(stored))
-            raise Replayed(stored.status)
+            raise Replayed(stored.status, "recorded")  # its own word: not every status has one
 
         async def save(reply: StoredReply) -> None:
             await unit.vacate(database)

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from sqlalchemy import MetaData, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
 from stanch import Database, rollback_only
 from stanch.errors import ConfigError, ReplyNotRecordable, UnitConflict
@@ -154,6 +155,15 @@ async def test_a_replay_needs_none_of_our_exception_handlers(bare_shop: Shop) ->
     assert await bare_shop.audit() == ["tea"]
 
 
+async def test_a_status_that_no_standard_knows_is_replayed_too(once: Shop) -> None:
+    @once.app.post("/lamps", dependencies=ONCE)
+    async def place() -> Response:
+        return Response("odd", 299)
+
+    replies = [await once.post("/lamps", headers=keyed()) for _ in range(2)]
+    assert [(reply.status_code, reply.text) for reply in replies] == [(299, "odd")] * 2
+
+
 async def test_a_raised_redirect_is_recorded_like_a_returned_one(once: Shop) -> None:
     @once.app.post("/lamps", dependencies=ONCE)
     async def place(session: SessionDep) -> None:
@@ -174,6 +184,28 @@ async def test_a_route_in_a_mounted_app_has_keys_of_its_own(once: Shop) -> None:
     for path in ("/a/orders/tea", "/b/orders/tea", "/a/orders/tea", "/b/orders/tea"):
         assert (await once.post(path, headers=keyed())).status_code == 201
     assert await once.audit() == ["tea", "tea"]
+
+
+async def test_a_mounted_app_with_middleware_of_its_own_records_and_replays(once: Shop) -> None:
+    """The innermost settles; a BaseHTTPMiddleware in between sends each reply in pieces."""
+
+    async def passing(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    inner = FastAPI()
+    inner.add_middleware(BaseHTTPMiddleware, dispatch=passing)
+    install(inner, once.db, lifespan=False)
+    add_orders(inner)
+    once.app.mount("/inner", inner)
+    around = FastAPI()
+    around.add_middleware(BaseHTTPMiddleware, dispatch=passing)
+    add_orders(around)
+    once.app.mount("/around", around)
+    for path in ("/inner/orders/tea", "/around/orders/pie"):
+        first, again = [await once.post(path, headers=keyed()) for _ in range(2)]
+        assert (first.status_code, again.status_code) == (201, 201)
+        assert (first.content, again.headers["idempotent-replayed"]) == (again.content, "true")
+    assert await once.audit() == ["tea", "pie"]
 
 
 async def test_the_key_is_given_to_the_endpoint_and_described_in_the_api(once: Shop) -> None:
