@@ -38,7 +38,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from stanch.asgi import record, unit_of
-from stanch.database import Database, rollback_only
+from stanch.database import Database
 from stanch.errors import (
     ConfigError,
     IdempotencyInProgress,
@@ -48,7 +48,7 @@ from stanch.errors import (
 )
 from stanch.fastapi import provide_session
 from stanch.recording import Recording, Replay, Replayed, StoredReply
-from stanch.sessions import GuardedSession
+from stanch.sessions import GuardedSession, guard_of
 from stanch.unit import Unit
 
 __all__ = ["IdempotencyKey", "idempotency_table", "purge"]
@@ -201,7 +201,7 @@ class IdempotencyKey:
         stored = await entry.claim()
         if stored is not None:
             # Also what dependencies before this one have done now: it was done the first time.
-            rollback_only(session)
+            guard_of(session).rollback_only = True
             record(request.scope, Replay(stored))
             raise Replayed(stored.status, "recorded")  # its own word: not every status has one
 
