@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from stanch.completion import run_to_completion
 from stanch.errors import NotInstalled, PartialCommit, UnitConflict, UnsavedWrites, WriteRefused
@@ -14,11 +14,20 @@ from stanch.transactions import ISOLATION_LEVELS, IsolationLevel, connection_opt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Protocol
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.database import Database
     from stanch.sessions import GuardedSession
+
+    class Line(Protocol):
+        """The watched line to a client, which must end before anything is committed."""
+
+        def end(self) -> None:
+            """Watch no longer."""
+            ...
+
 
 Unsaved = Literal["warn", "raise", "ignore"]
 """What becomes of writes that a successful unit in manual mode left uncommitted, besides being rolled back."""
@@ -152,14 +161,6 @@ class Charge:
         if self.wish.mode is Mode.READ:
             options = {**driver.reader_options, **options}
         self._sync.guard.connection_options = options
-
-
-class Line(Protocol):
-    """The watched line to a client, which must end before anything is committed."""
-
-    def end(self) -> None:
-        """Watch no longer."""
-        ...
 
 
 class Unit:
