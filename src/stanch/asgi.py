@@ -12,14 +12,15 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, Protocol, cast
 
 from starlette._exception_handler import wrap_app_handling_exceptions
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 
+from stanch.completion import run_to_completion
 from stanch.deadlines import Deadline, earlier, judged_length
-from stanch.errors import ConfigError, NotInstalled
+from stanch.errors import ConfigError, NotInstalled, UnitConflict
 from stanch.events import logger
 from stanch.unit import Kind, Mode, Unit, Unsaved
 
@@ -65,6 +66,40 @@ def unit_of(scope: Scope) -> Unit:
             "Middleware runs outside the unit: use async with db.session() there.",
         ],
     )
+
+
+class Recorder(Protocol):
+    """What holds a reply back until it is whole, and stores it as a part of the work it answers for."""
+
+    def released(self, message: Message) -> Sequence[Message]:
+        """The messages that may leave now that *message* has come; an exception fails the reply."""
+        ...
+
+    async def before_settling(self, *, success: bool) -> None:
+        """Write what the COMMIT shall hold besides the work; an exception fails the reply."""
+        ...
+
+
+def record(scope: Scope, recorder: Recorder) -> None:
+    """Let *recorder* stand between the app and the settling of this request's unit.
+
+    Raises ``NotInstalled`` where there is no unit, ``UnitConflict`` if another recorder stands there already or
+    the reply has begun.
+    """
+    unit_of(scope)
+    exchange = scope[_CALL]
+    if type(exchange) is not Exchange or exchange.start is not None:
+        raise UnitConflict(
+            "this reply cannot be recorded: it has begun, is recorded already, or is no HTTP reply",
+            remedies=["Ask for one Idempotency-Key on a route, before it answers."],
+        )
+    exchange.recorder = recorder
+    exchange.__class__ = RecordedExchange
+
+
+def is_recorded(scope: Scope) -> bool:
+    """Whether the client has sent a key under which the reply is recorded, so that repeating does no harm."""
+    return isinstance(scope.get(_CALL), RecordedExchange)
 
 
 class UnitMiddleware:
@@ -201,8 +236,10 @@ class Call:
 class Exchange(Call):
     """One HTTP request and its reply: the unit is settled where the reply passes."""
 
-    __slots__ = ("doomed", "failure", "latest", "start")
+    __slots__ = ("arrived", "doomed", "failure", "latest", "recorder", "start")
     kind = Kind.REQUEST
+    arrived: float
+    """When the request came, where the app has a ``request_timeout``."""
     start: Message | None
     """The start of the reply, if it has left."""
     latest: Message | None
@@ -211,6 +248,8 @@ class Exchange(Call):
     """Whether a limiter outside will put its own reply in the place of this one."""
     failure: Exception | None
     """What made a commit fail; until it is answered nothing leaves."""
+    recorder: Recorder
+    """Set where the reply is recorded, and only there."""
 
     async def settle_and_send(self, message: Message, send: Send) -> None:
         """Forward *message*; settle before the start of the reply, and before its last message."""
@@ -231,12 +270,14 @@ class Exchange(Call):
 
     async def _settle(self, start: Message | None) -> None:
         assert self.unit is not None
-        success = start is not None and start["status"] < _ERROR and not self.doomed
         try:
-            await self.unit.settle(commit=success)
+            await self.unit.settle(commit=self._succeeds(start))
         except Exception as failure:
             self.failure = failure
             raise ReplyAbandoned from failure
+
+    def _succeeds(self, start: Message | None) -> bool:
+        return start is not None and start["status"] < _ERROR and not self.doomed
 
     def is_complete(self) -> bool:
         """Whether the last message of the reply has left."""
@@ -295,7 +336,7 @@ class Exchange(Call):
 class TimedExchange(Exchange):
     """The same, where the app has a ``request_timeout``; without one a call pays nothing for the clock."""
 
-    __slots__ = ("arrived",)
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.arrived = time.monotonic()
@@ -304,6 +345,38 @@ class TimedExchange(Exchange):
         timeout = self.middleware.request_timeout
         assert timeout is not None
         return Deadline(self.arrived + timeout, timeout, "request_timeout")
+
+
+class RecordedExchange(Exchange):
+    """An exchange whose reply is recorded. A class of its own, so that no other exchange pays for it."""
+
+    __slots__ = ()
+
+    async def settle_and_send(self, message: Message, send: Send) -> None:
+        """As the base's, once the recorder releases the message."""
+        for ready in self._released(message):
+            await super().settle_and_send(ready, send)
+
+    def _released(self, message: Message) -> Sequence[Message]:
+        if self.failure is not None:
+            return (message,)
+        try:
+            return self.recorder.released(message)
+        except Exception as failure:
+            self.failure = failure
+            raise ReplyAbandoned from failure
+
+    async def _settle(self, start: Message | None) -> None:
+        # In one piece: a cancellation between the record and the COMMIT would waste the work.
+        await run_to_completion(self._record_and_settle(start))
+
+    async def _record_and_settle(self, start: Message | None) -> None:
+        try:
+            await self.recorder.before_settling(success=self._succeeds(start))
+        except Exception as failure:
+            self.failure = failure
+            raise ReplyAbandoned from failure
+        await super()._settle(start)
 
 
 class Conversation(Call):

@@ -224,3 +224,36 @@ class DeadlinePassed(_Operational):
     """The deadline of a unit of work, or of one step of it, has passed; the connection in hand was severed."""
 
     error_code = "deadline"
+
+
+# Idempotency keys and clients that leave -------------------------------------------------------------------
+
+
+class IdempotencyKeyInvalid(StanchError, exc.InvalidRequestError):
+    """The ``Idempotency-Key`` of a request is missing where it is required, or is not a key. Nothing was done."""
+
+    error_code = "idempotency-key"
+
+
+class IdempotencyKeyReused(StanchError, exc.InvalidRequestError):
+    """Another request than this one has used this key before. Nothing was done."""
+
+    error_code = "idempotency-reused"
+
+
+class IdempotencyInProgress(StanchError, exc.InvalidRequestError):
+    """A request with this key is being worked on at this moment. Nothing was done by this one."""
+
+    error_code = "idempotency-in-progress"
+
+
+class ReplyNotRecordable(StanchError, exc.InvalidRequestError):
+    """A reply is too large, or has no end that could be waited for, so no record of it can be kept."""
+
+    error_code = "reply-not-recordable"
+
+
+class ClientGone(StanchError, exc.InvalidRequestError):
+    """The client hung up, on a route that stops its queries then. The query was cancelled, or not begun."""
+
+    error_code = "client-gone"

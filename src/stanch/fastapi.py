@@ -15,7 +15,7 @@ from stanch.asgi import MODES, CommitMode, UnitMiddleware, unit_of
 from stanch.database import Database
 from stanch.deadlines import Deadline, earlier, judged_length
 from stanch.errors import AsyncSessionInSyncEndpoint, ConfigError
-from stanch.starlette import add_exception_handlers, attend, install
+from stanch.starlette import add_exception_handlers, attend, install, stop_reading_on_hang_up
 from stanch.transactions import ISOLATION_LEVELS, IsolationLevel
 from stanch.unit import Mode, Wish
 
@@ -43,12 +43,14 @@ _OPTIONS: Final = "__stanch_unit__"
 
 
 class UnitOptions(TypedDict, total=False):
-    """What ``@unit`` and ``provide_session`` can ask of a unit of work."""
+    """What ``@unit`` can ask of a unit of work, and ``provide_session`` of its session."""
 
     commit_mode: CommitMode
     isolation_level: IsolationLevel
     read_only: bool
     timeout: float | None
+    cancel_on_disconnect: bool
+    """``@unit`` only: when the client hangs up, stop reading (``ClientGone``), unless something was written."""
 
 
 def unit(**options: Unpack[UnitOptions]) -> Callable[[Endpoint], Endpoint]:
@@ -56,6 +58,10 @@ def unit(**options: Unpack[UnitOptions]) -> Callable[[Endpoint], Endpoint]:
 
     *timeout* (seconds, from the moment the session is asked for) bounds what the unit waits for the database until the
     reply leaves; of several, and of ``request_timeout``, the one that ends first holds.
+
+    *cancel_on_disconnect* is for routes that read: when the client hangs up, the running statement (or the wait for a
+    connection) is cancelled and the next is refused, both with ``ClientGone``. From the first write on, and once the
+    reply is about to leave, a hang-up changes nothing. The whole body is read before the first session is given.
 
     >>> @unit(commit_mode="manual")
     ... async def place_order() -> None: ...
@@ -192,7 +198,10 @@ async def _session(
     chosen = unit.database(database)
     if route.get("read_only"):
         wish = wish.join(Wish(source="@unit", mode=Mode.READ, read_only=True))
-    return await unit.session(chosen, wish)
+    session = await unit.session(chosen, wish)
+    if route.get("cancel_on_disconnect"):
+        await stop_reading_on_hang_up(connection, session)
+    return session
 
 
 def _refuse_sync_endpoint(scope: Mapping[str, Any], source: str) -> None:
@@ -228,6 +237,8 @@ def _judge_options(where: str, options: Mapping[str, Any]) -> None:
             judged_length(f"{where}: timeout", value)
         if name == "commit_mode" and value not in MODES:
             raise ConfigError(f"{where}: commit_mode {value!r}", remedies=["Use 'auto' or 'manual'."])
+        if name == "cancel_on_disconnect" and not isinstance(value, bool):
+            raise ConfigError(f"{where}: cancel_on_disconnect {value!r}", remedies=["Use True or False."])
         if name == "isolation_level" and value not in ISOLATION_LEVELS:
             raise ConfigError(
                 f"{where}: isolation_level {value!r}", remedies=[f"Use one of {', '.join(ISOLATION_LEVELS)}."]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
-from stanch.errors import PartialCommit
+from stanch.errors import (
+    ClientGone,
+    IdempotencyInProgress,
+    IdempotencyKeyInvalid,
+    IdempotencyKeyReused,
+    PartialCommit,
+)
 from stanch.sqlstate import Kind, classify
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -45,13 +51,32 @@ _PROBLEMS: Final = {
         "Outcome unknown: the work may or may not be stored. Look before repeating it.",
     ),
 }
-_PARTIAL: Final = Problem(500, "partial-commit", "A part of the work is stored, another part failed.")
+_OWN: Final[dict[type[BaseException], Problem]] = {
+    PartialCommit: Problem(500, "partial-commit", "A part of the work is stored, another part failed."),
+    IdempotencyKeyInvalid: Problem(
+        400, "idempotency-key", "The header Idempotency-Key must hold one key of 1 to 255 visible characters."
+    ),
+    IdempotencyInProgress: Problem(
+        409, "idempotency-in-progress", "A request with this key is still being worked on.", retry_after=1
+    ),
+    IdempotencyKeyReused: Problem(
+        422, "idempotency-reused", "This Idempotency-Key belongs to another request."
+    ),
+    # nginx's status for it; nobody is there to read it, but the access log should not say 200 or 500
+    ClientGone: Problem(499, "client-gone", "The client has hung up."),
+}
+_REPEATABLE: Final = replace(
+    _PROBLEMS[Kind.UNKNOWN_OUTCOME],
+    title="Outcome unknown: the work may or may not be stored. Repeat the request with the same key.",
+    retry_after=1,
+)
 
 
-def problem_of(error: BaseException) -> Problem | None:
+def problem_of(error: BaseException, *, repeatable: bool = False) -> Problem | None:
     """The reply to *error*, or None where it is not for us to answer.
 
-    The failures of a task group are answered if all of them are the database's: then as the first of them.
+    *repeatable*: the client has sent a key that makes repeating harmless, also when the outcome is unknown. The
+    failures of a task group are answered if all of them are the database's: then as the first of them.
 
     >>> from stanch.errors import PoolExhausted
     >>> problem_of(PoolExhausted("full")).status
@@ -61,9 +86,11 @@ def problem_of(error: BaseException) -> Problem | None:
     """
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
-        problems = [problem_of(part) for part in group.exceptions]
+        problems = [problem_of(part, repeatable=repeatable) for part in group.exceptions]
         return problems[0] if all(problems) else None
-    if isinstance(error, PartialCommit):
-        return _PARTIAL
+    if (own := _OWN.get(type(error))) is not None:
+        return own
     failure = classify(error)
+    if repeatable and failure is not None and failure.kind is Kind.UNKNOWN_OUTCOME:
+        return _REPEATABLE
     return None if failure is None else _PROBLEMS.get(failure.kind)

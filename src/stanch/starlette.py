@@ -9,15 +9,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stanch.asgi import CommitMode, UnitMiddleware, unit_of
+from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, unit_of
 from stanch.database import Database
-from stanch.errors import ConfigError, StanchError
+from stanch.errors import ClientGone, ConfigError, StanchError
 from stanch.events import logger
+from stanch.hangup import HangUp
 from stanch.problems import MEDIA_TYPE, problem_of
+from stanch.recording import Replayed
 from stanch.redaction import redact
 from stanch.unit import Mode, Unit, Unsaved, Wish
 
@@ -100,6 +102,7 @@ def add_exception_handlers(app: Starlette) -> None:
     handler: Any = _answer  # Starlette's type knows only requests, its machinery also gives websockets
     for kind in (SQLAlchemyError, StanchError, ExceptionGroup):
         app.exception_handlers.setdefault(kind, handler)
+    app.exception_handlers.setdefault(Replayed, _make_way)
 
 
 # Sessions -------------------------------------------------------------------------------------------------
@@ -130,6 +133,28 @@ def attend(connection: HTTPConnection) -> Unit:
     return unit
 
 
+async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSession) -> None:
+    """Have *session* stop reading when the client of *connection* leaves; on a websocket nothing is watched.
+
+    Reads the whole body first, which the request keeps: whoever waits for the end of the line would else take it.
+    Raises ``ClientGone`` if the client has left before its request was complete.
+    """
+    if not isinstance(connection, Request):
+        return
+    unit = attend(connection)
+    if unit.line is None:
+        try:
+            with suppress(RuntimeError):  # FastAPI has read it already, as a form
+                await connection.body()
+        except ClientDisconnect:
+            raise ClientGone(
+                f"the client of {unit.holder} has left before its request was complete"
+            ) from None
+        unit.line = HangUp(connection.receive)
+    assert isinstance(unit.line, HangUp)
+    unit.line.stop_reading(session)
+
+
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
     route, endpoint = scope.get("route"), scope.get("endpoint")  # older Starlettes name no route
@@ -141,7 +166,7 @@ def _holder(scope: Mapping[str, Any]) -> str:
 
 
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
-    problem = problem_of(error)
+    problem = problem_of(error, repeatable=is_recorded(connection.scope))
     if isinstance(connection, WebSocket):
         await _hang_up(connection)
     if problem is None:
@@ -153,6 +178,11 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
     if isinstance(connection, WebSocket):
         return None
     return JSONResponse(problem.body, problem.status, problem.headers, MEDIA_TYPE)
+
+
+async def _make_way(_request: Request, _replayed: Exception) -> Response:
+    # The app's own handler for HTTPException need not know of replays. The recorded reply takes this one's place.
+    return Response()
 
 
 async def _hang_up(socket: WebSocket) -> None:

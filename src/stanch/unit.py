@@ -15,12 +15,21 @@ from stanch.transactions import ISOLATION_LEVELS, Ending, IsolationLevel, connec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Protocol
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.database import Database
     from stanch.deadlines import Deadline
     from stanch.sessions import GuardedSession
+
+    class Line(Protocol):
+        """The watched line to a client, which must end before anything is committed."""
+
+        def end(self) -> None:
+            """Watch no longer."""
+            ...
+
 
 Unsaved = Literal["warn", "raise", "ignore"]
 """What becomes of writes that a successful unit in manual mode left uncommitted, besides being rolled back."""
@@ -174,7 +183,17 @@ class Unit:
     between the two is a unit of its own, settled by the next ``settle`` or by ``close``.
     """
 
-    __slots__ = ("_charges", "connection", "databases", "deadline", "holder", "kind", "mode", "unsaved")
+    __slots__ = (
+        "_charges",
+        "connection",
+        "databases",
+        "deadline",
+        "holder",
+        "kind",
+        "line",
+        "mode",
+        "unsaved",
+    )
 
     def __init__(self, databases: Sequence[Database[Any]], *, kind: Kind) -> None:
         self.databases = databases
@@ -186,6 +205,8 @@ class Unit:
         self.holder = kind.value
         self.connection: Any = None
         """The framework's connection object, for whoever must answer in place of a failed reply."""
+        self.line: Line | None = None
+        """Watched where the route stops reading when its client hangs up."""
         self._charges: dict[int, Charge] = {}
 
     @property
@@ -230,6 +251,23 @@ class Unit:
             ],
         )
 
+    def will_commit(self, database: Database[Any]) -> bool:
+        """Whether success commits the session of *database*."""
+        charge = self._charges.get(id(database))
+        return charge is not None and charge.wish.mode is Mode.AUTO
+
+    async def vacate(self, database: Database[Any]) -> None:
+        """Wait, as before a commit, until no task is inside the session of *database*."""
+        await self._charges[id(database)].ending.everyone_out()
+
+    def committing(self) -> list[str]:
+        """The names of the databases in which success would commit writes, as far as can be known now."""
+        return [
+            charge.database.name
+            for charge in self._in_order()
+            if charge.wish.mode is Mode.AUTO and charge.unsaved
+        ]
+
     def adopt(self, databases: Sequence[Database[Any]]) -> None:
         """Put the databases of an app mounted inside before the others: its default is its own first."""
         self.databases = [*databases, *(other for other in self.databases if other not in databases)]
@@ -241,6 +279,9 @@ class Unit:
         them flush and check their deferred constraints before the first COMMIT, commits follow the order of
         installation, and a failure after the first success is ``PartialCommit``. Cannot be cancelled halfway.
         """
+        if self.line is not None:
+            line, self.line = self.line, None
+            line.end()
         charges = self._in_order()
         marked = [charge for charge in charges if charge.take_rollback_only()]
         busy = [charge for charge in charges if not charge.quiet]
