@@ -191,13 +191,19 @@ class SessionStateRefused(StanchError, exc.InvalidRequestError):
 
 
 class UnsavedWrites(StanchError, exc.InvalidRequestError):
-    """A unit in manual commit mode succeeded, but left writes that nobody had committed; they were rolled back."""
+    """Writes that nobody had committed stood in the way of an end: of a unit, of ``release()``, of a websocket's wait.
+
+    Where a unit ended they were rolled back; otherwise nothing has changed.
+    """
 
     error_code = "unsaved-writes"
 
 
 class UnitConflict(StanchError, exc.InvalidRequestError):
-    """Two places of one unit ask for things that exclude each other, or ask too late."""
+    """Two places of one unit ask for things that exclude each other, or ask too late.
+
+    So it is with ``atomic(durable=True)`` inside, and ``release()`` where an outer block will end the transaction.
+    """
 
     error_code = "unit-conflict"
 
