@@ -647,7 +647,9 @@ def refuse_changes(session: AsyncSession) -> None:
     if writes := sync_session.unsaved():
         raise WriteRefused(
             f"{sync_session.guard.holder} asked for a reader, but has written ({', '.join(writes)})",
-            remedies=["Where something is written, ask for SessionDep instead of ReaderDep, or use db.transaction()."],
+            remedies=[
+                "Where something is written, ask for SessionDep instead of ReaderDep, or use db.transaction()."
+            ],
         )
 
 
