@@ -125,7 +125,8 @@ class TransactionAborted(StanchError, exc.PendingRollbackError):
 class CommitUnknown(_Operational):
     """The connection was lost while COMMIT was on its way: the work is stored or it is not; nobody here knows.
 
-    Never retried by stanch. Ask the database whether the work is there before doing it again.
+    Never retried by stanch, unless the work was declared idempotent. Ask the database whether it is there before doing
+    it again.
     """
 
     error_code = "commit-unknown"
