@@ -661,7 +661,9 @@ def refuse_changes(session: AsyncSession) -> None:
     if writes := sync_session.unsaved():
         raise WriteRefused(
             f"{sync_session.guard.holder} asked for a reader, but has written ({', '.join(writes)})",
-            remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
+            remedies=[
+                "Where something is written, ask for SessionDep instead of ReaderDep, or use db.transaction()."
+            ],
         )
 
 
