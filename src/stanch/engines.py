@@ -10,7 +10,6 @@ in this module only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from stanch.seams import TransactionEnds, translate_errors
 from stanch.settings import Settings
 from stanch.statements import judge_statements
 from stanch.unverified import Unverified
+from stanch.values import Value
 from stanch.watch import Watch
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from stanch.unverified import Verifier
 
 
-@dataclass(frozen=True, slots=True)
-class Equipped:
+class Equipped(Value):
     """An engine, and the pool of ours inside it; *pool* is None where the engine keeps its own."""
 
     engine: AsyncEngine
@@ -65,8 +64,7 @@ class Equipped:
         return Stats(pool_size=1, max_overflow=0, in_use=0, idle=0, waiting=0, adopted=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Blueprint:
+class Blueprint(Value):
     """Settings that were judged as a whole, and how to build the engine from them once it is needed."""
 
     settings: Settings

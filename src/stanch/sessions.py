@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Never, cast
 
@@ -48,6 +47,7 @@ from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 from stanch.sqltext import is_plain_reading
 from stanch.unverified import CLEAN_KEY
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -72,8 +72,7 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 _COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Value):
     """What every session of one ``Database`` is subject to."""
 
     database: str
