@@ -485,7 +485,9 @@ class GuardedSession(Session):
 
     def frame(self) -> Frame:
         """What the innermost transaction or savepoint has gathered; begins one, in Python only, if there is none."""
-        return self.guard.hooks.frame(self.get_nested_transaction() or self._autobegin_t())
+        # Not whatever is innermost: a flush has a part of its own, whose end is the end of nothing.
+        transaction = self.get_nested_transaction() or self.get_transaction() or self._autobegin_t()
+        return self.guard.hooks.frame(transaction)
 
     def owner(self) -> Owner | None:
         """Who will end the present transaction; None where it was merely begun by a statement."""
