@@ -7,6 +7,7 @@ the instance costs no event: ``Engine._has_events`` stays False.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
@@ -128,6 +129,8 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
         if redacted:
             redact(context.sqlalchemy_exception or original)
         match original:
+            case asyncio.CancelledError():
+                return None  # also where a deadline has passed at the same moment: whoever cancelled waits for it
             case CommitUnknown() | CommitLost() | DeadlinePassed():
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
