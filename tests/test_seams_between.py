@@ -13,8 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_object_session
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from stanch import Database, DeadlinePassed, Retry, after_rollback, atomic, on_commit
+from stanch.deadlines import Deadline
 from stanch.fastapi import SessionDep, install, provide_session
 from stanch.idempotency import IdempotencyKey, idempotency_table
+from stanch.transactions import Ending
 from tests.support import cleaned
 from tests.support.judge import assert_nothing_left
 from tests.support.proxy import FaultProxy, Verdict, at_commit, at_statement
@@ -35,6 +37,9 @@ SLOW_COMMIT = """
     CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON rows DEFERRABLE INITIALLY DEFERRED
         FOR EACH ROW EXECUTE FUNCTION slow()
 """
+
+
+ManualDep = Annotated[AsyncSession, Depends(provide_session(commit_mode="manual"))]
 
 
 class Base(DeclarativeBase):
@@ -179,3 +184,77 @@ async def test_a_callback_that_takes_too_long_closes_its_sessions(rows: FreshDat
         assert proxy.verdicts[Verdict.LOSE] == 1
         async with asyncio.timeout(1):
             await db.close()
+
+
+# Callbacks x flushes --------------------------------------------------------------------------------------
+
+
+async def test_a_callback_given_while_a_flush_is_under_way_waits_for_the_transaction(
+    db: Database[Any], rows: FreshDatabase
+) -> None:
+    """A listener for mapper events is where many an app would give it."""
+    said: list[str] = []
+
+    def after_insert(_mapper: object, _connection: object, row: Row) -> None:
+        session = async_object_session(row)
+        assert session is not None
+        on_commit(session, said.append, "committed")
+        after_rollback(session, said.append, "rolled back")
+
+    event.listen(Row, "after_insert", after_insert)
+    try:
+        await insert(db, 1)
+    finally:
+        event.remove(Row, "after_insert", after_insert)
+    assert await stored(rows) == [1]
+    assert said == ["committed"]
+
+
+# Wishes x atomic ------------------------------------------------------------------------------------------
+
+
+async def test_a_block_in_a_unit_that_was_manual_before_does_not_outlive_an_error(
+    db: Database[Any], rows: FreshDatabase
+) -> None:
+    app = FastAPI()
+    install(app, db)
+
+    async def user(session: ManualDep) -> None:
+        await session.execute(text("SELECT 1"))
+
+    @app.post("/rows", dependencies=[Depends(user)])
+    async def place(session: SessionDep) -> None:  # pyright: ignore[reportUnusedFunction]  # a route
+        async with atomic(session):
+            session.add(Row(id=1))
+        raise ValueError
+
+    async with client_of(app) as client:
+        assert (await client.post("/rows")).status_code == 500
+    assert await stored(rows) == []
+
+
+# Cancellation x deadlines ---------------------------------------------------------------------------------
+
+
+async def test_a_cancellation_that_comes_together_with_the_deadline_is_not_swallowed(
+    db: Database[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_short = Ending._cut_short  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # the moment that is meant
+    moments: list[None] = []
+
+    def cut_short_and_cancel(ending: Ending, deadline: Deadline) -> None:
+        cut_short(ending, deadline)
+        task.cancel()
+        moments.append(None)
+
+    async def work() -> None:
+        async with db.transaction(timeout=0.3) as session:
+            await session.execute(text("SELECT pg_sleep(3)"))
+
+    monkeypatch.setattr(Ending, "_cut_short", cut_short_and_cancel)
+    # Past the server's own limit, which would end the statement before.
+    monkeypatch.setattr("stanch.drivers.base._SERVER_FIRST", -1.0)
+    task = asyncio.create_task(work())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(moments) == 1

@@ -109,6 +109,8 @@ class Charge:
         self.ending = Ending(self.session)
         self.ending.keep_to(wish.deadline)
         self._apply_options()
+        if wish.mode is Mode.AUTO:
+            self._promise_to_commit()
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
@@ -124,10 +126,13 @@ class Charge:
                 remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
+        starts_committing = self.wish.mode is not Mode.AUTO is joined.mode
         self.wish = joined
         self.ending.keep_to(joined.deadline)
         if stronger or starts_writing:
             self._apply_options()
+        if starts_committing:
+            self._promise_to_commit()
 
     @property
     def quiet(self) -> bool:
@@ -172,8 +177,10 @@ class Charge:
         session.guard.connection_options = connection_options(
             self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
         )
-        if wish.mode is Mode.AUTO:
-            session.guard.owners[:1] = [Owner(f"{self.holder}, which commits at its end")]
+
+    def _promise_to_commit(self) -> None:
+        # The outermost of all: a block may be open already that began when nobody had promised.
+        self._sync.guard.owners.insert(0, Owner(f"{self.holder}, which commits at its end"))
 
 
 class Unit:
