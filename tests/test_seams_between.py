@@ -258,3 +258,33 @@ async def test_a_cancellation_that_comes_together_with_the_deadline_is_not_swall
     with pytest.raises(asyncio.CancelledError):
         await task
     assert len(moments) == 1
+
+
+# A commit by hand x cancellation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["commit()", "begin()"])
+async def test_callbacks_are_told_the_truth_of_a_commit_that_was_cancelled_too_late(
+    db: Database[Any], rows: FreshDatabase, begun: bool
+) -> None:
+    await rows.execute(SLOW_COMMIT)
+    said: list[str] = []
+    seen: list[Event] = []
+    db.observe(seen.append)
+
+    async def work(session: AsyncSession) -> None:
+        session.add(Row(id=1))
+        on_commit(session, said.append, "committed")
+        after_rollback(session, said.append, "rolled back")
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2), db.session() as session:
+            if begun:
+                async with session.begin():
+                    await work(session)
+            else:
+                await work(session)
+                await session.commit()
+    assert await stored(rows) == [1]
+    assert said == ["committed"]
+    assert seen == []  # above all no WorkDropped

@@ -121,8 +121,14 @@ class Hooks(Generic[Key]):
         return frame
 
     def waiting(self, awaited: Outcome) -> list[Hook]:
-        """Callbacks that wait for *awaited* in any open frame."""
-        return [hook for frame in self._frames.values() for each, hook in frame.gathered if each is awaited]
+        """Callbacks that wait for *awaited* in any open frame whose end is not known yet."""
+        return [
+            hook
+            for frame in self._frames.values()
+            if frame.outcome is Outcome.ROLLED_BACK
+            for each, hook in frame.gathered
+            if each is awaited
+        ]
 
     def __bool__(self) -> bool:
         """Whether any are due."""

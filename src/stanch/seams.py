@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
+from stanch.completion import note_too_late
 from stanch.deadlines import in_force, reason_of, to_tidy_up, within
 from stanch.errors import (
     CommitLost,
@@ -69,7 +70,20 @@ class TransactionEnds:
 
     def do_commit(self, connection: DBAPIConnection) -> None:
         """COMMIT, and if it was lost the question what became of it, as one that nobody can cut short."""
-        undisturbed(self._commit_and_settle, connection)
+        stored = False
+
+        def commit() -> None:
+            nonlocal stored
+            self._commit_and_settle(connection)
+            stored = True
+
+        try:
+            undisturbed(commit)
+        except asyncio.CancelledError as cancelled:
+            if stored:
+                # SQLAlchemy will take the transaction for one that failed.
+                note_too_late(cancelled)
+            raise
 
     def _commit_and_settle(self, connection: DBAPIConnection) -> None:
         _refuse_overdue()

@@ -29,7 +29,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_task, place_of_caller, whereabouts
-from stanch.completion import is_ours, run_to_completion
+from stanch.completion import came_too_late, is_ours, run_to_completion
 from stanch.deadlines import impose, lift
 from stanch.errors import (
     CommitRefused,
@@ -232,6 +232,14 @@ class Guard:
         """Remember that *what* was written and is not committed yet."""
         if what not in self.wrote:
             self.wrote.append(what)
+
+    def note_commit(self, frame: Frame | None) -> None:
+        """What was done is stored, although SQLAlchemy will not say so."""
+        self.committed = True
+        self.wrote.clear()
+        self.doubtful.clear()
+        if frame is not None:
+            frame.outcome = Outcome.COMMITTED
 
     def note_doubt(self, what: str) -> None:
         """Remember that *what* was executed, of which only the server knows whether it wrote."""
@@ -566,18 +574,20 @@ class GuardedTransaction(SessionTransaction):
             if guard.deadline is not None and (session.in_transaction_on_server() or session.has_pending()):
                 guard.refuse_overdue()
             frame = guard.hooks.find(self)
-            if frame is None:
-                super().commit(_to_root)
-                return
-            if frame.doom is not None:
+            if frame is not None and frame.doom is not None:
                 raise _refused(frame.doom)
             try:
                 super().commit(_to_root)
+            except asyncio.CancelledError as cancelled:
+                if self.parent is None and came_too_late(cancelled):
+                    guard.note_commit(frame)
+                raise
             except CommitUnknown:
-                frame.outcome = Outcome.UNKNOWN
+                if frame is not None:
+                    frame.outcome = Outcome.UNKNOWN
                 raise
             except PendingRollbackError as error:
-                if frame.trouble is None:
+                if frame is None or frame.trouble is None:
                     raise
                 raise _refused(f"an earlier error had aborted the transaction: {frame.trouble}") from error
 
