@@ -113,6 +113,7 @@ class Guard:
         "ended_at",
         "holder",
         "hooks",
+        "hooks_wait",
         "inside",
         "owners",
         "reading",
@@ -142,6 +143,8 @@ class Guard:
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.hooks = Hooks[SessionTransaction]()
+        self.hooks_wait = False
+        """Whether callbacks that are due wait for ``run_due()``: other sessions of the unit still hold something."""
         self.owners: list[Owner] = []
         """Who has promised to commit, the innermost last; nobody has for a transaction merely begun by a read."""
         self.reading = False
@@ -395,10 +398,15 @@ class GuardedSession(Session):
             with guard.visit():
                 yield
         finally:
-            if guard.hooks and guard.inside is None and in_greenlet():
-                await_only(
-                    run_to_completion(self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder))
-                )
+            if guard.hooks and not guard.hooks_wait and guard.inside is None and in_greenlet():
+                await_only(run_to_completion(self.run_due()))
+
+    async def run_due(self) -> None:
+        """Run the callbacks whose time has come. Never raises what they do."""
+        guard = self.guard
+        guard.hooks_wait = False
+        if guard.hooks:
+            await self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder)
 
     # The connection ---------------------------------------------------------------------------------------
 

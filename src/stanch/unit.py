@@ -163,6 +163,14 @@ class Charge:
         marked, self._sync.guard.rollback_only = self._sync.guard.rollback_only, False
         return marked
 
+    def hold_callbacks(self) -> None:
+        """Let callbacks wait, also those that are due."""
+        self._sync.guard.hooks_wait = True
+
+    async def run_callbacks(self) -> None:
+        """Run those that are due, and no longer let any wait."""
+        await self._sync.run_due()
+
     @property
     def _sync(self) -> GuardedSession:
         return guarded_session(self.session)
@@ -325,6 +333,8 @@ class Unit:
         return sorted(self._charges.values(), key=lambda charge: order.get(id(charge.database), len(order)))
 
     async def _settle(self, charges: list[Charge], *, commit: bool) -> None:
+        for charge in charges:
+            charge.hold_callbacks()
         try:
             for charge in charges:
                 await charge.ending.everyone_out()
@@ -335,6 +345,9 @@ class Unit:
         finally:
             for charge in charges:
                 await charge.ending.roll_back()
+            # Only now: none of them holds a connection, or a lock that a callback could wait for.
+            for charge in charges:
+                await charge.run_callbacks()
 
     def _is_to_commit(self, charge: Charge) -> bool:
         match charge.wish.mode:
