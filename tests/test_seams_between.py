@@ -40,6 +40,7 @@ SLOW_COMMIT = """
 
 
 ManualDep = Annotated[AsyncSession, Depends(provide_session(commit_mode="manual"))]
+SecondDep = Annotated[AsyncSession, Depends(provide_session("second"))]
 
 
 class Base(DeclarativeBase):
@@ -288,3 +289,54 @@ async def test_callbacks_are_told_the_truth_of_a_commit_that_was_cancelled_too_l
     assert await stored(rows) == [1]
     assert said == ["committed"]
     assert seen == []  # above all no WorkDropped
+
+
+# Callbacks x several databases ----------------------------------------------------------------------------
+
+
+async def test_a_callback_runs_when_no_database_of_the_unit_holds_a_connection(
+    rows: FreshDatabase, driver: str
+) -> None:
+    first: Database[Any] = Database(rows.url(driver), name="first")
+    second: Database[Any] = Database(rows.url(driver), name="second")
+    held: list[int] = []
+
+    def look() -> None:
+        held.append(first.stats().in_use + second.stats().in_use)
+
+    app = FastAPI()
+    install(app, first, second)
+
+    @app.post("/rows")
+    async def place(session: SessionDep, other: SecondDep) -> None:  # pyright: ignore[reportUnusedFunction]  # a route
+        session.add(Row(id=1))
+        other.add(Row(id=2))
+        on_commit(session, look)
+        on_commit(other, look)
+
+    async with client_of(app) as client:
+        assert (await client.post("/rows")).status_code == 200
+    assert await stored(rows) == [1, 2]
+    assert held == [0, 0]
+    await first.close()
+    await second.close()
+
+
+# Callbacks x their own session ----------------------------------------------------------------------------
+
+
+async def test_what_a_callback_writes_with_the_session_it_follows_is_not_dropped_in_silence(
+    db: Database[Any], rows: FreshDatabase
+) -> None:
+    seen: list[Event] = []
+    db.observe(seen.append)
+
+    async def write(session: AsyncSession) -> None:
+        session.add(Row(id=2))
+        await session.flush()
+
+    async with db.transaction() as session:
+        session.add(Row(id=1))
+        on_commit(session, write, session)
+    assert await stored(rows) == [1]
+    assert [type(event).__name__ for event in seen] == ["WorkDropped"]
