@@ -240,7 +240,7 @@ async def test_a_block_in_a_unit_that_was_manual_before_does_not_outlive_an_erro
 async def test_a_cancellation_that_comes_together_with_the_deadline_is_not_swallowed(
     db: Database[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut_short = Ending._cut_short  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # the moment that is meant
+    cut_short = Ending._cut_short  # pyright: ignore[reportPrivateUsage]  # the moment that is meant
     moments: list[None] = []
 
     def cut_short_and_cancel(ending: Ending, deadline: Deadline) -> None:
