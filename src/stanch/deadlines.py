@@ -155,6 +155,16 @@ def under(deadline: Deadline | None) -> Generator[None]:
         lift(token)
 
 
+@contextmanager
+def only_under(deadline: Deadline | None) -> Generator[None]:
+    """*deadline* alone is in force inside the block, or none: for what the deadline outside has no say in."""
+    token = _in_force.set(deadline)
+    try:
+        yield
+    finally:
+        lift(token)
+
+
 # What was cut off -----------------------------------------------------------------------------------------
 
 _reasons: Final[WeakKeyDictionary[Any, tuple[Deadline, str]]] = WeakKeyDictionary()

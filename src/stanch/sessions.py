@@ -28,7 +28,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_task, place_of_caller, whereabouts
-from stanch.completion import is_ours, run_to_completion
+from stanch.completion import came_too_late, is_ours, run_to_completion
 from stanch.deadlines import impose, lift
 from stanch.errors import (
     CommitRefused,
@@ -113,6 +113,7 @@ class Guard:
         "ended_at",
         "holder",
         "hooks",
+        "hooks_wait",
         "inside",
         "owners",
         "reading",
@@ -142,6 +143,8 @@ class Guard:
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.hooks = Hooks[SessionTransaction]()
+        self.hooks_wait = False
+        """Whether callbacks that are due wait for ``run_due()``: other sessions of the unit still hold something."""
         self.owners: list[Owner] = []
         """Who has promised to commit, the innermost last; nobody has for a transaction merely begun by a read."""
         self.reading = False
@@ -232,6 +235,14 @@ class Guard:
         """Remember that *what* was written and is not committed yet."""
         if what not in self.wrote:
             self.wrote.append(what)
+
+    def note_commit(self, frame: Frame | None) -> None:
+        """What was done is stored, although SQLAlchemy will not say so."""
+        self.committed = True
+        self.wrote.clear()
+        self.doubtful.clear()
+        if frame is not None:
+            frame.outcome = Outcome.COMMITTED
 
     def note_doubt(self, what: str) -> None:
         """Remember that *what* was executed, of which only the server knows whether it wrote."""
@@ -387,10 +398,15 @@ class GuardedSession(Session):
             with guard.visit():
                 yield
         finally:
-            if guard.hooks and guard.inside is None and in_greenlet():
-                await_only(
-                    run_to_completion(self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder))
-                )
+            if guard.hooks and not guard.hooks_wait and guard.inside is None and in_greenlet():
+                await_only(run_to_completion(self.run_due()))
+
+    async def run_due(self) -> None:
+        """Run the callbacks whose time has come. Never raises what they do."""
+        guard = self.guard
+        guard.hooks_wait = False
+        if guard.hooks:
+            await self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder)
 
     # The connection ---------------------------------------------------------------------------------------
 
@@ -496,7 +512,9 @@ class GuardedSession(Session):
 
     def frame(self) -> Frame:
         """What the innermost transaction or savepoint has gathered; begins one, in Python only, if there is none."""
-        return self.guard.hooks.frame(self.get_nested_transaction() or self._autobegin_t())
+        # Not whatever is innermost: a flush has a part of its own, whose end is the end of nothing.
+        transaction = self.get_nested_transaction() or self.get_transaction() or self._autobegin_t()
+        return self.guard.hooks.frame(transaction)
 
     def owner(self) -> Owner | None:
         """Who will end the present transaction; None where it was merely begun by a statement."""
@@ -577,18 +595,20 @@ class GuardedTransaction(SessionTransaction):
             if self.parent is None and session.terms.settings.verify_commits:
                 session.vouch_for_reading()
             frame = guard.hooks.find(self)
-            if frame is None:
-                super().commit(_to_root)
-                return
-            if frame.doom is not None:
+            if frame is not None and frame.doom is not None:
                 raise _refused(frame.doom)
             try:
                 super().commit(_to_root)
+            except asyncio.CancelledError as cancelled:
+                if self.parent is None and came_too_late(cancelled):
+                    guard.note_commit(frame)
+                raise
             except CommitUnknown:
-                frame.outcome = Outcome.UNKNOWN
+                if frame is not None:
+                    frame.outcome = Outcome.UNKNOWN
                 raise
             except PendingRollbackError as error:
-                if frame.trouble is None:
+                if frame is None or frame.trouble is None:
                     raise
                 raise _refused(f"an earlier error had aborted the transaction: {frame.trouble}") from error
 

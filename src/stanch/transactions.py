@@ -11,7 +11,7 @@ from sqlalchemy import text
 from stanch.completion import run_to_completion
 from stanch.deadlines import earlier, give_reason, to_tidy_up, under
 from stanch.errors import ConfigError
-from stanch.events import TeardownFailed
+from stanch.events import TeardownFailed, WorkDropped
 from stanch.sessions import guard_of, guarded_session
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class Ending:
         # COMMIT bounds itself and tells why; a before_commit listener of the user's does not.
         with self._severed_after(self._commit_timeout + self._timeout):
             await self.session.commit()
+        if writes := guarded_session(self.session).unsaved():
+            # A callback was given this very session, of whose end it was told. What comes next is a rollback.
+            guard = guard_of(self.session)
+            self._observers.tell(WorkDropped(database=guard.database, holder=guard.holder, writes=writes))
 
     async def prepare(self) -> None:
         """Flush, and provoke what else can fail before COMMIT: PostgreSQL's deferred constraints."""

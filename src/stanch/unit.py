@@ -109,6 +109,8 @@ class Charge:
         self.ending = Ending(self.session)
         self.ending.keep_to(wish.deadline)
         self._apply_options()
+        if wish.mode is Mode.AUTO:
+            self._promise_to_commit()
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
@@ -124,10 +126,13 @@ class Charge:
                 remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
+        starts_committing = self.wish.mode is not Mode.AUTO is joined.mode
         self.wish = joined
         self.ending.keep_to(joined.deadline)
         if stronger or starts_writing:
             self._apply_options()
+        if starts_committing:
+            self._promise_to_commit()
 
     @property
     def quiet(self) -> bool:
@@ -158,6 +163,14 @@ class Charge:
         marked, self._sync.guard.rollback_only = self._sync.guard.rollback_only, False
         return marked
 
+    def hold_callbacks(self) -> None:
+        """Let callbacks wait, also those that are due."""
+        self._sync.guard.hooks_wait = True
+
+    async def run_callbacks(self) -> None:
+        """Run those that are due, and no longer let any wait."""
+        await self._sync.run_due()
+
     @property
     def _sync(self) -> GuardedSession:
         return guarded_session(self.session)
@@ -172,8 +185,10 @@ class Charge:
         session.guard.connection_options = connection_options(
             self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
         )
-        if wish.mode is Mode.AUTO:
-            session.guard.owners[:1] = [Owner(f"{self.holder}, which commits at its end")]
+
+    def _promise_to_commit(self) -> None:
+        # The outermost of all: a block may be open already that began when nobody had promised.
+        self._sync.guard.owners.insert(0, Owner(f"{self.holder}, which commits at its end"))
 
 
 class Unit:
@@ -318,6 +333,8 @@ class Unit:
         return sorted(self._charges.values(), key=lambda charge: order.get(id(charge.database), len(order)))
 
     async def _settle(self, charges: list[Charge], *, commit: bool) -> None:
+        for charge in charges:
+            charge.hold_callbacks()
         try:
             for charge in charges:
                 await charge.ending.everyone_out()
@@ -328,6 +345,9 @@ class Unit:
         finally:
             for charge in charges:
                 await charge.ending.roll_back()
+            # Only now: none of them holds a connection, or a lock that a callback could wait for.
+            for charge in charges:
+                await charge.run_callbacks()
 
     def _is_to_commit(self, charge: Charge) -> bool:
         match charge.wish.mode:

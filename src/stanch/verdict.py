@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from stanch.deadlines import Deadline, under
+from stanch.deadlines import Deadline, only_under
 from stanch.errors import CommitLost, DatabaseUnavailable
 from stanch.events import CommitSettled, CommitsUnverified
 from stanch.retry import backoff
@@ -302,7 +302,7 @@ class Asking:
 
     def _ask(self, ticket: Ticket) -> Finding:
         # The unit's own deadline may be what ended the COMMIT; it must not end the question too.
-        with under(Deadline.after(self._timeout, "verify_commits")):
+        with only_under(Deadline.after(self._timeout, "verify_commits")):
             return self._ask_until_answered(ticket)
 
     def _ask_until_answered(self, ticket: Ticket) -> Finding:
