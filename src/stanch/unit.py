@@ -109,6 +109,7 @@ class Charge:
         self.ending = Ending(self.session)
         self.ending.keep_to(wish.deadline)
         self._apply_options()
+        self._promise()
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
@@ -128,6 +129,7 @@ class Charge:
         self.ending.keep_to(joined.deadline)
         if stronger or starts_writing:
             self._apply_options()
+        self._promise()
 
     @property
     def quiet(self) -> bool:
@@ -172,8 +174,11 @@ class Charge:
         session.guard.connection_options = connection_options(
             self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
         )
-        if wish.mode is Mode.AUTO:
-            session.guard.owners[:1] = [Owner(f"{self.holder}, which commits at its end")]
+
+    def _promise(self) -> None:
+        promise, owners = Owner(f"{self.holder}, which commits at its end"), self._sync.guard.owners
+        if self.wish.mode is Mode.AUTO and promise not in owners:
+            owners.insert(0, promise)  # outermost, also where a block was opened before anybody wished for it
 
 
 class Unit:
