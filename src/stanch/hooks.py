@@ -158,7 +158,8 @@ class Runner:
             async with asyncio.timeout(self._timeout):
                 outcome = hook.call(*hook.arguments, **hook.keywords)
                 if inspect.isawaitable(outcome):
-                    await outcome
+                    # In a task that is not ours: the timeout must not cut short a COMMIT of the callback's own.
+                    await asyncio.ensure_future(outcome)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # told in full; this task is ours, so a cancellation is the callback's own
             self._observers.tell(
                 HookFailed(
