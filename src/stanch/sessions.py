@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Never, cast
 
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
 from sqlalchemy.sql.elements import TextClause
@@ -533,7 +533,7 @@ class GuardedSession(Session):
         transaction = self.get_nested_transaction() or self.get_transaction()
         if transaction is None or isinstance(error, StanchError):
             return
-        if is_consequence(error):
+        if _is_consequence(error, transaction):
             if (trouble := self.trouble()) is not None:
                 raise TransactionAborted(
                     f"the transaction of {self.guard.holder} was aborted by an earlier error: {trouble}",
@@ -598,6 +598,7 @@ class GuardedTransaction(SessionTransaction):
                 return
             if frame.doom is not None:
                 raise self._refused(frame.doom)
+            trouble = session.trouble()
             try:
                 if self.nested and frame.trouble is not None and self.is_active:
                     self._ask_whether_aborted()
@@ -610,11 +611,21 @@ class GuardedTransaction(SessionTransaction):
                     frame.outcome = self._outcome_of_cancelled(error)
                 raise
             except SQLAlchemyError as error:
-                if frame.trouble is None or not is_consequence(error):
+                if trouble is None or not _is_consequence(error, self):
                     raise
-                raise self._refused(
-                    f"an earlier error had aborted the transaction: {frame.trouble}"
-                ) from error
+                raise self._refused(f"an earlier error had aborted the transaction: {trouble}") from error
+
+    def __exit__(self, type_: Any, value: Any, traceback: Any) -> None:  # noqa: PYI036  # SQLAlchemy's signature
+        """As SQLAlchemy's, which closes a block in silence when a flush has failed in it: nothing of it is stored."""
+        session = cast("GuardedSession", self.session)
+        lost, trouble = session.is_open(self) and not self.is_active, session.trouble()
+        if lost:
+            self.rollback()  # closing would leave what was added since to the transaction around a savepoint
+        super().__exit__(type_, value, traceback)
+        if lost and type_ is None:
+            raise self._refused(
+                f"an earlier error had aborted the transaction: {trouble or 'a flush failed'}"
+            )
 
     def rollback(self, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's, for one task at a time."""
@@ -670,9 +681,11 @@ class GuardedTransaction(SessionTransaction):
             yield session.guard
 
 
-def is_consequence(error: SQLAlchemyError) -> bool:
-    """Whether *error* only says that an earlier one has aborted the transaction."""
-    return isinstance(error, PendingRollbackError) or sqlstate_of(error) == IN_FAILED_TRANSACTION
+def _is_consequence(error: SQLAlchemyError, transaction: SessionTransaction) -> bool:
+    """Whether *error* only says that an earlier one has aborted *transaction*."""
+    # SQLAlchemy has several words for it: inside a block of session.begin() it speaks of a closed transaction.
+    by_session = isinstance(error, InvalidRequestError) and not transaction.is_active
+    return by_session or sqlstate_of(error) == IN_FAILED_TRANSACTION
 
 
 def guarded(session_class: type[AsyncSession], terms: Terms) -> type[GuardedSession]:
