@@ -32,13 +32,13 @@ from tests.support.numbers import Number, Numbers, put
 from tests.support.proxy import FaultProxy, Verdict, at_commit
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
     from pathlib import Path
 
     from tests.support.judge import FreshDatabase
 
     Work = Callable[[AsyncSession], Awaitable[None]]
-    Committing = Callable[[Numbers, Work], Awaitable[None]]
+    Committing = Callable[[Numbers, Work], Coroutine[Any, Any, None]]
 
 pytestmark = pytest.mark.anyio
 
