@@ -443,6 +443,20 @@ async def test_after_a_caught_error_commit_is_refused_and_says_where_it_was(
 
 
 @where_it_aborts
+async def test_work_that_waits_for_the_flush_at_the_end_does_not_change_what_is_said(
+    numbers: Numbers, write: Any
+) -> None:
+    with (
+        pytest.raises(CommitRefused) as refused,
+        pytest.warns(SAWarning, match="will be discarded") if write is _by_flush else nullcontext(),
+    ):
+        async with numbers.db.transaction() as session:
+            await _swallow(session, write)
+            session.add(Number(id=1))
+    assert re.search(BLAME, str(refused.value))
+
+
+@where_it_aborts
 async def test_what_is_added_after_a_caught_error_is_undone_with_its_savepoint(
     numbers: Numbers, write: Any
 ) -> None:
