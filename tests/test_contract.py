@@ -254,7 +254,11 @@ def test_a_transaction_is_prepared_while_its_commit_is_sent() -> None:
         session.execute(text("SELECT 1"))
         transaction = session.get_transaction()
         assert transaction is not None
-        event.listen(engine, "commit", lambda _connection: states.append(transaction._state))
+
+        def look(_connection: Connection) -> None:
+            states.append(transaction._state)
+
+        event.listen(engine, "commit", look)
         states.append(transaction._state)
         session.commit()
     assert states == [SessionTransactionState.ACTIVE, SessionTransactionState.PREPARED]
