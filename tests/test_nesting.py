@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import pytest
 from sqlalchemy import insert
+from sqlalchemy.exc import SQLAlchemyError
 
 from stanch import after_rollback, atomic, on_commit, rollback_only
 from tests.support import cleaned
 from tests.support.numbers import Number, Numbers, put
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Generator
     from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
@@ -44,7 +45,8 @@ SPAN = 100
 UNITS = ("db.transaction()", "session.begin()", "db.session()", "db.session() and commit()")
 BLOCKS = ("savepoint", "join", "durable", "begin_nested")
 STEPS: Final = {
-    "text": 8, "core": 4, "flush": 8, "bad text": 2, "bad flush": 2, "on_commit": 8, "after_rollback": 6,
+    "text": 8, "core": 4, "flush": 8, "bad text": 2, "bad flush": 2, "caught text": 2, "caught flush": 2,
+    "on_commit": 8, "after_rollback": 6,
     "rollback_only": 1, "error": 2, "block": 16,
 }  # fmt: skip
 """What a program is made of, by weight."""
@@ -92,6 +94,14 @@ def make_program(seed: int) -> Block:
         numbers = iter(range(SPAN))
 
 
+class Error(Exception):
+    """What a program raises by itself."""
+
+
+class Raised(Exception):
+    """An error of the model, by its name."""
+
+
 @dataclass
 class Outcome:
     """All that can be seen of a program that has run."""
@@ -101,6 +111,20 @@ class Outcome:
     caught: list[str]
     raised: str | None
     failed_callbacks: int
+
+
+@contextmanager
+def catching(kind: type[Exception], outcome: Outcome) -> Generator[None]:
+    """Whoever catches an error right where it is, and goes on, writes it down."""
+    try:
+        yield
+    except kind as error:
+        outcome.caught.append(name_of(error))
+
+
+def name_of(error: Exception) -> str:
+    """What an error is called in an outcome."""
+    return str(error) if isinstance(error, Error | Raised) else type(error).__name__
 
 
 def fails(callback: int) -> bool:
@@ -114,10 +138,6 @@ def writes(callback: int) -> bool:
 
 
 # The model --------------------------------------------------------------------------------------------------
-
-
-class Raised(Exception):
-    """An error of the model, by its name."""
 
 
 class Layer:
@@ -169,6 +189,9 @@ class Model:
                 self.marked = True
             case "error":
                 raise Raised(f"error {number}")
+            case "caught text" | "caught flush":
+                with catching(Raised, self.seen):
+                    self.do(what.replace("caught", "bad"), number)
             case _ if any(each.aborted for each in self.layers):
                 layer.aborted = "flush" if "flush" in what else layer.aborted
                 raise Raised("TransactionAborted")
@@ -242,10 +265,6 @@ class Model:
 # The real thing ---------------------------------------------------------------------------------------------
 
 
-class Error(Exception):
-    """What a program raises by itself."""
-
-
 class Reality:
     """Runs a program; *base* is added to every number that is stored."""
 
@@ -260,7 +279,7 @@ class Reality:
             async with self._unit(unit.how) as session:
                 await self._body(session, unit)
         except Exception as error:
-            self._seen.raised = _name(error)
+            self._seen.raised = name_of(error)
         told = self._numbers.kinds[self._told_before :]
         self._seen.failed_callbacks = told.count("HookFailed")
         if "TeardownFailed" in told:
@@ -300,7 +319,7 @@ class Reality:
                 async with _block(session, step.how):
                     await self._body(session, step)
             except Exception as error:
-                self._seen.caught.append(_name(error))
+                self._seen.caught.append(name_of(error))
                 if not step.catches:
                     raise
 
@@ -315,6 +334,9 @@ class Reality:
                 rollback_only(session)
             case "error":
                 raise Error(f"error {number}")
+            case "caught text" | "caught flush":
+                with catching(SQLAlchemyError, self._seen):
+                    await self._do(session, what.replace("caught", "bad"), number)
             case "text":
                 await put(session, row)
             case "core":
@@ -340,10 +362,6 @@ def _block(session: AsyncSession, how: str) -> AbstractAsyncContextManager[Any]:
             return atomic(session, savepoint=False)
         case _:
             return atomic(session, durable=how == "durable")
-
-
-def _name(error: Exception) -> str:
-    return str(error) if isinstance(error, Error) else type(error).__name__
 
 
 # Compared ---------------------------------------------------------------------------------------------------
