@@ -25,6 +25,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.engine.interfaces import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm.session import SessionTransactionState
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, base
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -244,6 +245,23 @@ def test_session_transaction_knows_what_it_holds() -> None:
         transaction = session.get_transaction()
         assert transaction is not None
         assert {entry[3] for entry in transaction._connections.values()} == {False}
+
+
+def test_a_transaction_is_prepared_while_its_commit_is_sent() -> None:
+    engine = create_engine("sqlite://")
+    states: list[object] = []
+    with Session(engine) as session:
+        session.execute(text("SELECT 1"))
+        transaction = session.get_transaction()
+        assert transaction is not None
+
+        def look(_connection: Connection) -> None:
+            states.append(transaction._state)
+
+        event.listen(engine, "commit", look)
+        states.append(transaction._state)
+        session.commit()
+    assert states == [SessionTransactionState.ACTIVE, SessionTransactionState.PREPARED]
 
 
 def test_end_of_the_root_is_told_after_the_connection_is_back() -> None:

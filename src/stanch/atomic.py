@@ -18,7 +18,7 @@ from stanch.transactions import Ending
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from sqlalchemy.ext.asyncio import AsyncSessionTransaction
+    from sqlalchemy.orm import SessionTransaction
 
     from stanch.sessions import GuardedSession
 
@@ -66,23 +66,24 @@ async def atomic(session: S, *, savepoint: bool = True, durable: bool = False) -
 async def _commits(session: AsyncSession, place: Owner) -> AsyncGenerator[None]:
     guard, ending = guard_of(session), Ending(session)
     _refuse_reader(session, "atomic()")
+    transaction = guarded_session(session).begun()
     guard.owners.append(place)
     try:
         try:
             yield
+            _refuse_gone(session, transaction, place)
         except BaseException:
             await run_to_completion(ending.roll_back())
             raise
-        await run_to_completion(_commit_or_roll_back(ending))
+        await run_to_completion(_end(ending, commit=not guard.rollback_only))
     finally:
+        guard.rollback_only = False  # the mark was for what has ended now
         guard.owners.remove(place)
 
 
-async def _commit_or_roll_back(ending: Ending) -> None:
-    guard = guard_of(ending.session)
-    marked, guard.rollback_only = guard.rollback_only, False
+async def _end(ending: Ending, *, commit: bool) -> None:
     try:
-        if not marked:
+        if commit:
             await ending.commit()
     finally:
         await ending.roll_back()  # nothing is left to do after a COMMIT that succeeded
@@ -95,10 +96,10 @@ async def _is_savepoint(session: AsyncSession, place: Owner) -> AsyncGenerator[N
     guard.owners.append(place)
     try:
         yield
-        _refuse_gone(savepoint, place)
+        _refuse_gone(session, savepoint.sync_transaction, place)
         await run_to_completion(ending.release(savepoint))
     except BaseException:
-        if not _is_gone(savepoint):
+        if guarded_session(session).is_open(savepoint.sync_transaction):
             await run_to_completion(ending.roll_back_to(savepoint))
         raise
     finally:
@@ -107,30 +108,28 @@ async def _is_savepoint(session: AsyncSession, place: Owner) -> AsyncGenerator[N
 
 @asynccontextmanager
 async def _joins(session: AsyncSession, place: Owner) -> AsyncGenerator[None]:
-    frame = guarded_session(session).frame()
+    sync_session = guarded_session(session)
+    joined = sync_session.frame()
     try:
         yield
     except BaseException as error:
-        if frame.doom is None:
-            frame.doom = f"{type(error).__name__} left {place}, which had joined without a savepoint"
+        doom = f"{type(error).__name__} left {place}, which had joined without a savepoint"
+        # What it joined may have been committed by hand inside: then also what it has written since.
+        for frame in (joined, sync_session.open_frame()):
+            if frame is not None and frame.doom is None:
+                frame.doom = doom
         raise
 
 
-def _refuse_gone(savepoint: AsyncSessionTransaction, place: Owner) -> None:
-    if _is_gone(savepoint):
+def _refuse_gone(session: AsyncSession, transaction: SessionTransaction | None, place: Owner) -> None:
+    if not guarded_session(session).is_open(transaction):
         raise SavepointGone(
-            f"the savepoint of {place} was gone before its block had ended",
+            f"the transaction or savepoint of {place} was gone before its block had ended",
             remedies=[
                 "Do not call commit(), rollback() or release() inside an atomic block.",
                 "If a database error was caught inside: let it leave the block, which then undoes it.",
             ],
         )
-
-
-def _is_gone(savepoint: AsyncSessionTransaction) -> bool:
-    # Not `is_active`: a savepoint whose flush failed is inactive, and still to be rolled back.
-    transaction: Any = savepoint.sync_transaction
-    return transaction is None or transaction.session is None
 
 
 # Callbacks ------------------------------------------------------------------------------------------------

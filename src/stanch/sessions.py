@@ -5,7 +5,8 @@ so ``session.begin()``, ``sessionmaker.begin()``, ``run_sync``, lazy loads and a
 have it. Private names of SQLAlchemy used here, each a funnel that no public method can pass by:
 ``Session._autobegin_t`` (any use begins here), ``_execute_internal`` (every statement), ``_flush`` and
 ``_bulk_save_mappings`` (every ORM write), ``_connection_for_bind`` (the connection is taken here),
-``SessionTransaction._connections`` (what is held) and its ``_connection_for_bind``;
+``SessionTransaction._connections`` (what is held), its ``_connection_for_bind`` and ``_state`` (has COMMIT
+been sent);
 ``tests/test_contract.py`` holds them.
 """
 
@@ -19,10 +20,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Never, cast
 
-from sqlalchemy import event
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.orm.session import SessionTransactionOrigin
+from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
 from sqlalchemy.sql.elements import TextClause
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
@@ -50,7 +51,7 @@ from stanch.unverified import CLEAN_KEY
 from stanch.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from contextvars import Token
 
     from sqlalchemy.engine import Connection
@@ -285,7 +286,11 @@ class GuardedSession(Session):
             self._refuse_to_read("begin()" if not nested else "begin_nested()")
         if nested:
             self._autobegin_t()  # or SQLAlchemy would call the root begun by hand, which somebody must commit
-        return super().begin(nested)
+        try:
+            return super().begin(nested)
+        except PendingRollbackError as error:
+            self._note_trouble(error)
+            raise
 
     def _execute_internal(self, statement: Any, *arguments: Any, **keywords: Any) -> Any:
         guard = self.guard
@@ -510,11 +515,35 @@ class GuardedSession(Session):
 
     # What went wrong, and who promised --------------------------------------------------------------------
 
+    def begun(self) -> SessionTransaction:
+        """The outermost transaction; begins one, in Python only, if there is none."""
+        # Not what _autobegin_t() returns: while a flush is under way that is the flush's own part of it.
+        return self.get_transaction() or self._autobegin_t()
+
+    def is_open(self, transaction: SessionTransaction | None) -> bool:
+        """Whether *transaction*, the outermost or a savepoint, has not ended yet."""
+        # Not `is_active`: after a flush that failed a savepoint is inactive, and still to be rolled back.
+        return any(transaction is each for each in self._open_transactions())
+
     def frame(self) -> Frame:
         """What the innermost transaction or savepoint has gathered; begins one, in Python only, if there is none."""
-        # Not whatever is innermost: a flush has a part of its own, whose end is the end of nothing.
-        transaction = self.get_nested_transaction() or self.get_transaction() or self._autobegin_t()
-        return self.guard.hooks.frame(transaction)
+        return self.guard.hooks.frame(self.get_nested_transaction() or self.begun())
+
+    def open_frame(self) -> Frame | None:
+        """The same, where something is begun."""
+        return self.frame() if self.in_transaction() else None
+
+    def trouble(self) -> str | None:
+        """The first database error of what is open now, and where; what a savepoint has undone does not count."""
+        frames = map(self.guard.hooks.find, self._open_transactions())
+        return next((frame.trouble for frame in frames if frame is not None and frame.trouble), None)
+
+    def _open_transactions(self) -> Iterator[SessionTransaction]:
+        """The innermost savepoint first."""
+        each = self.get_nested_transaction() or self.get_transaction()
+        while each is not None:
+            yield each
+            each = each.parent
 
     def owner(self) -> Owner | None:
         """Who will end the present transaction; None where it was merely begun by a statement."""
@@ -531,21 +560,19 @@ class GuardedSession(Session):
         transaction = self.get_nested_transaction() or self.get_transaction()
         if transaction is None or isinstance(error, StanchError):
             return
-        frame = self.guard.hooks.find(transaction)
-        consequence = isinstance(error, PendingRollbackError) or sqlstate_of(error) == IN_FAILED_TRANSACTION
-        if consequence:
-            if frame is not None and frame.trouble is not None:
+        if _is_consequence(error, transaction):
+            if (trouble := self.trouble()) is not None:
                 raise TransactionAborted(
-                    f"the transaction of {self.guard.holder} was aborted by an earlier error: {frame.trouble}",
+                    f"the transaction of {self.guard.holder} was aborted by an earlier error: {trouble}",
                     remedies=[
                         "Do not go on after a database error that was caught: let it end the unit of work.",
                         "Put what may fail into a savepoint: async with atomic(session).",
                     ],
                 ) from error
-        elif isinstance(error, DBAPIError) and (frame is None or frame.trouble is None):
+        elif isinstance(error, DBAPIError) and (frame := self.guard.hooks.frame(transaction)).trouble is None:
             state = sqlstate_of(error)
             told = f"{type(error.orig).__name__}{f' ({state})' if state else ''}"
-            self.guard.hooks.frame(transaction).trouble = f"{told} at {place_of_caller()}"
+            frame.trouble = f"{told} at {place_of_caller()}"
 
     # Private ----------------------------------------------------------------------------------------------
 
@@ -596,21 +623,31 @@ class GuardedTransaction(SessionTransaction):
                 session.vouch_for_reading()
             frame = guard.hooks.find(self)
             if frame is not None and frame.doom is not None:
-                raise _refused(frame.doom)
+                raise self._refused(frame.doom)
+            trouble = session.trouble()
             try:
+                if self.nested and frame is not None and frame.trouble is not None and self.is_active:
+                    self._ask_whether_aborted()
                 super().commit(_to_root)
-            except asyncio.CancelledError as cancelled:
-                if self.parent is None and came_too_late(cancelled):
-                    guard.note_commit(frame)
+            except (CommitUnknown, asyncio.CancelledError) as error:
+                self._note_outcome(error, frame)
                 raise
-            except CommitUnknown:
-                if frame is not None:
-                    frame.outcome = Outcome.UNKNOWN
-                raise
-            except PendingRollbackError as error:
-                if frame is None or frame.trouble is None:
+            except SQLAlchemyError as error:
+                if trouble is None or not _is_consequence(error, self):
                     raise
-                raise _refused(f"an earlier error had aborted the transaction: {frame.trouble}") from error
+                raise self._refused(f"an earlier error had aborted the transaction: {trouble}") from error
+
+    def __exit__(self, type_: Any, value: Any, traceback: Any) -> None:  # noqa: PYI036  # SQLAlchemy's signature
+        """As SQLAlchemy's, which closes a block in silence when a flush has failed in it: nothing of it is stored."""
+        session = cast("GuardedSession", self.session)
+        lost, trouble = session.is_open(self) and not self.is_active, session.trouble()
+        if lost:
+            self.rollback()  # closing would leave what was added since to the transaction around a savepoint
+        super().__exit__(type_, value, traceback)
+        if lost and type_ is None:
+            raise self._refused(
+                f"an earlier error had aborted the transaction: {trouble or 'a flush failed'}"
+            )
 
     def rollback(self, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's, for one task at a time."""
@@ -632,6 +669,39 @@ class GuardedTransaction(SessionTransaction):
         guard.refuse_overdue()
         return connection
 
+    def _ask_whether_aborted(self) -> None:
+        """Raise if a savepoint cannot be released: of a RELEASE that has failed SQLAlchemy does not go back any more.
+
+        Not every error aborts: not one of the driver's own, before anything was sent, and none of SQLite.
+        """
+        for entry in self._connections.values():
+            entry[0].execute(text("SELECT 1"))
+
+    def _note_outcome(self, error: BaseException, frame: Frame | None) -> None:
+        """What is known of a COMMIT that did not return, or whose waiter was cancelled: ours runs to its end."""
+        guard = cast("GuardedSession", self.session).guard
+        if self.parent is None and isinstance(error, asyncio.CancelledError) and came_too_late(error):
+            guard.note_commit(frame)
+        elif frame is not None and (isinstance(error, CommitUnknown) or self._may_be_stored(error)):
+            frame.outcome = Outcome.UNKNOWN
+
+    def _may_be_stored(self, error: BaseException) -> bool:
+        if isinstance(error.__cause__, CommitUnknown):
+            return True
+        # On an engine that is not ours a COMMIT can be cut short.
+        ours = cast("GuardedSession", self.session).terms.judges_statements
+        return not ours and self.parent is None and self._state is SessionTransactionState.PREPARED
+
+    def _refused(self, why: str) -> CommitRefused:
+        what = "the savepoint could not be released" if self.nested else "COMMIT stored nothing"
+        return CommitRefused(
+            f"{what}: {why}",
+            remedies=[
+                "Find the error that was caught and not raised again; work after it was lost as well.",
+                "Put work that may fail into a savepoint: async with atomic(session).",
+            ],
+        )
+
     @contextmanager
     def _ending(self) -> Generator[Guard]:
         session = cast("GuardedSession", self.session)
@@ -641,14 +711,11 @@ class GuardedTransaction(SessionTransaction):
             yield session.guard
 
 
-def _refused(why: str) -> CommitRefused:
-    return CommitRefused(
-        f"COMMIT stored nothing: {why}",
-        remedies=[
-            "Find the error that was caught and not raised again; work after it was lost as well.",
-            "Put work that may fail into a savepoint: async with atomic(session).",
-        ],
-    )
+def _is_consequence(error: SQLAlchemyError, transaction: SessionTransaction) -> bool:
+    """Whether *error* only says that an earlier one has aborted *transaction*."""
+    # SQLAlchemy has several words for it: inside a block of session.begin() it speaks of a closed transaction.
+    by_session = isinstance(error, InvalidRequestError) and not transaction.is_active
+    return by_session or sqlstate_of(error) == IN_FAILED_TRANSACTION
 
 
 def guarded(session_class: type[AsyncSession], terms: Terms) -> type[GuardedSession]:

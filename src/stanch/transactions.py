@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sqlalchemy import text
 
 from stanch.completion import run_to_completion
 from stanch.deadlines import earlier, give_reason, to_tidy_up, under
-from stanch.errors import ConfigError
+from stanch.errors import ConfigError, TransactionAborted
 from stanch.events import TeardownFailed, WorkDropped
 from stanch.sessions import guard_of, guarded_session
 
@@ -105,7 +105,8 @@ class Ending:
         """Flush, then COMMIT; raises what made it fail."""
         await self.everyone_out()
         if guarded_session(self.session).has_pending():
-            with self._severed_after(self._commit_timeout):
+            # What an earlier error has aborted is refused by the commit below, which has the word for it.
+            with self._severed_after(self._commit_timeout), suppress(TransactionAborted):
                 await self.session.flush()
             # A stream's next statement may have come in while the flush was under way.
             await self.everyone_out()

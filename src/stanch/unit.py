@@ -109,8 +109,7 @@ class Charge:
         self.ending = Ending(self.session)
         self.ending.keep_to(wish.deadline)
         self._apply_options()
-        if wish.mode is Mode.AUTO:
-            self._promise_to_commit()
+        self._promise()
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
@@ -126,13 +125,11 @@ class Charge:
                 remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
             )
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
-        starts_committing = self.wish.mode is not Mode.AUTO is joined.mode
         self.wish = joined
         self.ending.keep_to(joined.deadline)
         if stronger or starts_writing:
             self._apply_options()
-        if starts_committing:
-            self._promise_to_commit()
+        self._promise()
 
     @property
     def quiet(self) -> bool:
@@ -186,9 +183,10 @@ class Charge:
             self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
         )
 
-    def _promise_to_commit(self) -> None:
-        # The outermost of all: a block may be open already that began when nobody had promised.
-        self._sync.guard.owners.insert(0, Owner(f"{self.holder}, which commits at its end"))
+    def _promise(self) -> None:
+        promise, owners = Owner(f"{self.holder}, which commits at its end"), self._sync.guard.owners
+        if self.wish.mode is Mode.AUTO and promise not in owners:
+            owners.insert(0, promise)  # outermost, also where a block was opened before anybody wished for it
 
 
 class Unit:
