@@ -46,7 +46,7 @@ from stanch.hooks import Frame, Hooks, Outcome
 from stanch.reading import READER_OPTION, objection_to, objection_when_compiled, refusal
 from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
-from stanch.sqltext import is_plain_reading
+from stanch.sqltext import function_of_doubt, is_plain_reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -264,8 +264,7 @@ class GuardedSession(Session):
     # Every use begins in one of these ---------------------------------------------------------------------
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         return super()._autobegin_t(begin)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -284,7 +283,7 @@ class GuardedSession(Session):
                 self._judge_reading(statement, keywords.get("execution_options", _NO_OPTIONS))
             elif getattr(statement, "is_dml", False):
                 guard.note_write(_table_of(statement))
-            elif isinstance(statement, TextClause) and not is_plain_reading(statement.text):
+            elif isinstance(statement, TextClause):
                 self._note_text(statement.text)
             result = super()._execute_internal(statement, *arguments, **keywords)
             if keywords.get("execution_options", _NO_OPTIONS).get("stream_results"):
@@ -299,6 +298,11 @@ class GuardedSession(Session):
             guard.leave()
 
     def _note_text(self, sql: str) -> None:
+        if is_plain_reading(sql):
+            called = function_of_doubt(sql) if self.terms.driver.functions_may_write else None
+            if called is not None:
+                self.guard.note_doubt(called)
+            return
         word = _first_word(sql)
         if word in _WRITING_WORDS:
             self.guard.note_write(f"text({word})")
@@ -335,16 +339,14 @@ class GuardedSession(Session):
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         # Before SQLAlchemy marks the session as flushing: _flush() would be too late to wait.
         with self._inside():
             super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's; after the end it says so, where SQLAlchemy blames the object."""
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         super().refresh(instance, *arguments, **keywords)
 
     def commit(self) -> None:
@@ -530,8 +532,11 @@ class GuardedSession(Session):
             if instance in self.new or instance in self.deleted or self.is_modified(instance)
         }
 
-    def _refuse_after_end(self) -> Never:
-        ended = cast("datetime", self.guard.ended_at)
+    def refuse_after_end(self) -> None:
+        """Raise ``SessionClosed`` once the session was closed for good."""
+        ended = self.guard.ended_at
+        if ended is None:
+            return
         raise SessionClosed(
             f"the session of {self.guard.holder} was used after its end"
             f" (it ended at {ended:%H:%M:%S}.{ended.microsecond // 1000:03d} UTC)",
