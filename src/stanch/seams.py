@@ -18,7 +18,9 @@ from stanch.errors import (
     CommitUnknown,
     DatabaseUnavailable,
     DeadlinePassed,
+    WriteRefused,
 )
+from stanch.reading import READER_OPTION, refusal_by_server
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 from stanch.watch import undisturbed
@@ -120,8 +122,11 @@ class TransactionEnds:
         return self._watch.run(self._ping, connection, connection=inner, timeout=timeout, what="the ping")
 
 
-def translate_errors(engine: Engine, *, redacted: bool) -> None:
-    """Let every error of *engine* say what it means: what is a lost connection, and no values in any message."""
+def translate_errors(engine: Engine, *, redacted: bool, reads_only: bool = False) -> None:
+    """Let every error of *engine* say what it means: what is a lost connection, and no values in any message.
+
+    *reads_only*: its server connections were started for reading, so that a refused write is no demoted primary.
+    """
 
     def handle_error(context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
@@ -143,6 +148,8 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 # Without a context the statement has not been sent yet: then it is a bind processor's own.
                 context.is_disconnect = True
                 return _gone(original)
+            case _ if reads_only and sqlstate_of(original) == READ_ONLY_TRANSACTION:
+                return _refused_by_server(context)
             case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and not _asked_for_read_only(context):
                 # A demoted primary answers pings for ever; only a new connection can reach the new primary.
                 context.is_disconnect = True
@@ -177,6 +184,14 @@ def _cut_short(context: ExceptionContext) -> DeadlinePassed | None:
 def _asked_for_read_only(context: ExceptionContext) -> bool:
     connection = context.connection
     return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
+
+
+def _refused_by_server(context: ExceptionContext) -> WriteRefused:
+    connection = context.connection
+    reader = None if connection is None else connection.get_execution_options().get(READER_OPTION)
+    refused = refusal_by_server(reader if isinstance(reader, str) else "a reader")
+    refused.__cause__ = context.original_exception
+    return refused
 
 
 def _too_long(error: TimeoutError) -> DeadlinePassed:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from contextvars import Token
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.deadlines import Deadline
@@ -82,6 +82,8 @@ class Terms:
     hooks: Runner
     judges_statements: bool
     """Whether the engine is ours, and looks at each statement that is about to be sent."""
+    readers: Engine | None = None
+    """The engine of the readers, where they have connections of their own."""
 
 
 class Owner(NamedTuple):
@@ -248,6 +250,7 @@ class GuardedSession(Session):
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
         # Before a user's own __init__, which may already begin().
         self.guard = guard or Guard("a session of your own making")
+        self._bind_of_writers: Any = None
         super().__init__(*arguments, **keywords)
 
     def unsaved(self) -> tuple[str, ...]:
@@ -452,6 +455,7 @@ class GuardedSession(Session):
     def start_reading(self) -> None:
         """From now on each statement stands alone: no BEGIN, and its connection goes back once it is read."""
         self.guard.reading = True
+        self._bind_of_writers, self.bind = self.bind, self.terms.readers or self.bind
         # What was changed waits for the end of the unit, or for a writer; a read must not write it.
         self.autoflush = False
         self.guard.connection_options = {**self.terms.driver.reader_options, READER_OPTION: self.guard.holder}
@@ -459,6 +463,7 @@ class GuardedSession(Session):
     def stop_reading(self) -> None:
         """From the next statement on this is a writer, with the objects it has read so far."""
         self.guard.reading = False
+        self.bind = self._bind_of_writers
         self.autoflush = self.terms.settings.autoflush
         self.guard.connection_options = {}
 
