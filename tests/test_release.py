@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import ForeignKey, delete, insert, select, text, update
+from sqlalchemy import ForeignKey, delete, func, insert, literal_column, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -33,6 +33,8 @@ from tests.support.proxy import FaultProxy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from sqlalchemy import Executable
 
 pytestmark = pytest.mark.anyio
 
@@ -298,19 +300,25 @@ async def test_a_text_of_doubt_that_has_not_written_is_released(
 
 async def test_the_server_is_asked_once_and_only_in_doubt(library: FreshDatabase, driver: str) -> None:
     """What release() adds to BEGIN, statement, ROLLBACK."""
-    expected = {"SELECT max(id) FROM shelves": 1, "EXPLAIN SELECT 1": 2, "SELECT harmless()": 2}
-    found: dict[str, int] = {}
+    expected: dict[Executable, int] = {
+        select(Shelf).order_by(Shelf.id): 1,
+        text("SELECT max(id) FROM shelves"): 1,
+        text("EXPLAIN SELECT 1"): 2,
+        text("SELECT harmless()"): 2,
+        select(func.harmless()): 2,
+    }
+    found: dict[Executable, int] = {}
     async with FaultProxy(library.server.port) as proxy:
         url = proxy.through(library.url(driver))
         async with Database(url, pool_size=1, max_overflow=0) as db:
-            for sql in expected:
+            for statement in expected:
                 for number in range(WARMING + 1):
                     async with db.session() as session:
-                        await session.execute(text(sql))
+                        await session.execute(statement)
                         if number == WARMING:
                             proxy.forget()
                         await release(session)
-                        found[sql] = proxy.round_trips
+                        found[statement] = proxy.round_trips
     assert found == expected
 
 
@@ -318,12 +326,37 @@ async def test_a_function_that_writes_is_found_out(
     db: Database[AsyncSession], library: FreshDatabase
 ) -> None:
     """By its words it only reads; it must not be lost in silence."""
-    async with db.session() as session:
-        await session.execute(text("SELECT writes()"))
-        with pytest.raises(UnsavedWrites, match=r"\(writes\(\)\)"):
+    for statement in (
+        text("SELECT writes()"),
+        select(func.writes()),
+        func.writes(),
+        select(literal_column("writes()")),
+    ):
+        await library.execute("DELETE FROM shelves WHERE id = 7")
+        async with db.session() as session:
+            await session.execute(statement)
+            with pytest.raises(UnsavedWrites, match=r"\(writes\(\)\)"):
+                await release(session)
+            await session.commit()
+            await session.scalar(select(Shelf.id))
             await release(session)
-        await session.commit()
-    assert await shelves(library) == [1, 7]
+            await assert_released(db, library)
+        assert await shelves(library) == [1, 7]
+
+
+async def test_of_an_engine_with_its_own_pool_the_server_is_always_asked(
+    library: FreshDatabase, driver: str
+) -> None:
+    """There nobody looks at what is sent."""
+    engine = create_async_engine(library.url(driver))
+    async with Database(engine, adopt=False).session() as session:
+        await session.execute(select(func.harmless()))
+        await release(session)
+        await session.execute(select(func.writes()))
+        with pytest.raises(UnsavedWrites, match="what was executed"):
+            await release(session)
+    await engine.dispose()
+    assert await shelves(library) == [1]
 
 
 # Inside somebody's block ----------------------------------------------------------------------------------

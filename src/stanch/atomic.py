@@ -196,10 +196,9 @@ async def release(session: AsyncSession) -> None:
 
     What was read stays usable; the next statement begins a new transaction, which may see newer data. Raises
     ``UnsavedWrites``, naming them, if there are writes that nobody has committed, and ``UnitConflict`` inside an
-    ``atomic`` block, ``session.begin()`` or a savepoint. A ``text()`` that leaves it open whether it writes, by its
-    words or by a function that it calls, is not guessed at: the server is asked whether the transaction has an id
-    (PostgreSQL manual, *Transaction ID and Snapshot Information Functions*), one round trip. Not seen is what a
-    function in a ``select()`` or a trigger writes: call those by ``text()``, or do not release after them.
+    ``atomic`` block, ``session.begin()`` or a savepoint. What may have written, a ``text()`` by its words or anything
+    by a function that it calls, is not guessed at: the server is asked whether the transaction has an id (PostgreSQL
+    manual, *Transaction ID and Snapshot Information Functions*), one round trip.
     """
     sync_session = guarded_session(session)
     sync_session.refuse_after_end()
@@ -222,13 +221,13 @@ async def release(session: AsyncSession) -> None:
 
 
 async def _writes_of(session: AsyncSession, sync_session: GuardedSession) -> tuple[str, ...]:
-    certain, doubtful = sync_session.unsaved(), sync_session.guard.doubtful
+    certain, doubtful = sync_session.unsaved(), sync_session.doubts()
     if certain or not doubtful or not sync_session.in_transaction_on_server():
         return certain
     if session.get_bind().dialect.name != "postgresql":
-        return tuple(doubtful)
+        return doubtful
     assigned = await session.scalar(select(_TRANSACTION_ID))
-    return tuple(doubtful) if assigned is not None else ()
+    return doubtful if assigned is not None else ()
 
 
 def _refuse_reader(session: AsyncSession, what: str) -> None:

@@ -46,10 +46,11 @@ from stanch.hooks import Frame, Hooks, Outcome
 from stanch.reading import READER_OPTION, objection_to, objection_when_compiled, refusal
 from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
-from stanch.sqltext import function_of_doubt, is_plain_reading
+from stanch.sqltext import is_plain_reading
+from stanch.statements import function_called_on
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from contextvars import Token
 
     from sqlalchemy.engine import Connection, Engine
@@ -286,7 +287,7 @@ class GuardedSession(Session):
                 self._judge_reading(statement, keywords.get("execution_options", _NO_OPTIONS))
             elif getattr(statement, "is_dml", False):
                 guard.note_write(_table_of(statement))
-            elif isinstance(statement, TextClause):
+            elif isinstance(statement, TextClause) and not is_plain_reading(statement.text):
                 self._note_text(statement.text)
             result = super()._execute_internal(statement, *arguments, **keywords)
             if keywords.get("execution_options", _NO_OPTIONS).get("stream_results"):
@@ -301,11 +302,6 @@ class GuardedSession(Session):
             guard.leave()
 
     def _note_text(self, sql: str) -> None:
-        if is_plain_reading(sql):
-            called = function_of_doubt(sql) if self.terms.driver.functions_may_write else None
-            if called is not None:
-                self.guard.note_doubt(called)
-            return
         word = _first_word(sql)
         if word in _WRITING_WORDS:
             self.guard.note_write(f"text({word})")
@@ -441,14 +437,23 @@ class GuardedSession(Session):
 
     def driver_connections(self) -> list[Any]:
         """The driver's connections that this session holds now."""
-        transaction = self.get_transaction()
-        held = {} if transaction is None else transaction._connections
-        found = {id(entry[0]): entry[0] for entry in held.values()}.values()
         return [
             connection.connection.driver_connection
-            for connection in found
+            for connection in self._connections()
             if not connection.closed and not connection.invalidated
         ]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Names of what was executed in this transaction, and of which only the server knows whether it wrote."""
+        if not self.terms.judges_statements:
+            return (*self.guard.doubtful, "what was executed")
+        called = (function_called_on(connection) for connection in self._connections())
+        return (*self.guard.doubtful, *(each for each in called if each is not None))
+
+    def _connections(self) -> Iterable[Connection]:
+        transaction = self.get_transaction()
+        held = {} if transaction is None else transaction._connections
+        return {id(entry[0]): entry[0] for entry in held.values()}.values()
 
     # Reading ----------------------------------------------------------------------------------------------
 

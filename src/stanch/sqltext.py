@@ -218,7 +218,7 @@ _LOCKING: Final = (("FOR",), ("FOR", "KEY"), ("FOR", "NO", "KEY"))
 def is_plain_reading(sql: str) -> bool:
     """Whether *sql* certainly leaves nothing behind: no uncommitted change, no lock, no state of the session.
 
-    As far as its words say; a function of the user's own that it calls is told by ``function_of_doubt``.
+    As far as its words say; a function that it calls is told by ``function_of_doubt``.
     """
     return objection_to_reading(sql) is None
 
@@ -245,13 +245,17 @@ _WRITES_NOTHING: Final = re.compile(
 
 @lru_cache(maxsize=_REMEMBERED)
 def function_of_doubt(sql: str) -> str | None:
-    r"""The first function that *sql* calls and of which only the server knows whether it writes; None if there is none.
+    r"""The first function of which only the server knows whether it writes, called by *sql*, whose words only read.
+
+    None if there is none, and for what writes by its words.
 
     >>> function_of_doubt("SELECT count(*) FROM orders WHERE id IN (1, 2)") is None
     True
     >>> function_of_doubt("SELECT place_order(7)"), function_of_doubt("SELECT shop.count(7)")
     ('place_order()', 'count()')
     """
+    if not is_plain_reading(sql):
+        return None
     before = called = Token(Kind.SIGN, "")
     for token in tokens(sql):
         if token.text == "(" and called.function:

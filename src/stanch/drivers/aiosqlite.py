@@ -243,7 +243,6 @@ class AiosqliteDriver(Driver):
     name: ClassVar[str] = "aiosqlite"
     read_only_options: ClassVar[Mapping[str, Any]] = {_READ_ONLY_OPTION: True}
     reader_options: ClassVar[Mapping[str, Any]] = read_only_options
-    functions_may_write: ClassVar[bool] = False
 
     @override
     def plan(self, url: URL, settings: Settings) -> Plan:

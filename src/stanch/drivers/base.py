@@ -64,8 +64,6 @@ class Driver(Protocol):
     """SQLAlchemy execution options that make one transaction of a connection read only."""
     reader_options: ClassVar[Mapping[str, Any]]
     """The same for one statement that stands alone and only reads."""
-    functions_may_write: ClassVar[bool] = True
-    """Whether a function that a statement calls may change rows."""
 
     def plan(self, url: URL, settings: Settings) -> Plan:
         """What *url* and *settings* mean to this driver. Raises `ConfigError` for what it cannot honour."""
