@@ -54,7 +54,7 @@ class Stats:
     waiting: int
     adopted: bool = True
     """False where the engine keeps a pool of its own: who waits and who holds is then not known."""
-    readers: Stats | None = None
+    readers: Stats | None = field(default=None, repr=False)
     """What of all this is the readers', where they have connections of their own (``reader_pool_size``)."""
 
     @property
