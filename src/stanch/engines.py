@@ -26,7 +26,7 @@ from stanch.pool import Pool
 from stanch.seams import TransactionEnds, translate_errors
 from stanch.settings import Settings
 from stanch.statements import judge_statements
-from stanch.verdict import Asking, Unverified
+from stanch.unverified import Unverified
 from stanch.watch import Watch
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver, Plan
     from stanch.events import Observers
-    from stanch.verdict import Verifier
+    from stanch.unverified import Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,8 @@ def _equip(
     sync_engine.pool = pool
     verifier: Verifier = Unverified()
     if settings.verify_commits and sync_engine.dialect.name == "postgresql":
+        from stanch.verdict import Asking  # noqa: PLC0415  # a tenth of what importing stanch costs, for those who ask
+
         verifier = Asking(
             sync_engine.dialect,
             settings,

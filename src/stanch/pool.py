@@ -385,7 +385,7 @@ class Pool(SQLAlchemyPool):
             f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
             remedies=[
-                "Look at who holds longest: await session.commit() before work that waits for something else.",
+                "Look at who holds longest: await release(session) before work that waits for something else.",
                 f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
             ],
         )

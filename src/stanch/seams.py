@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.settings import Settings
-    from stanch.verdict import Verifier
+    from stanch.unverified import Verifier
     from stanch.watch import Watch
 
 

@@ -48,6 +48,7 @@ from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 from stanch.sqltext import is_plain_reading
 from stanch.statements import function_called_on
+from stanch.unverified import CLEAN_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -455,6 +456,17 @@ class GuardedSession(Session):
         held = {} if transaction is None else transaction._connections
         return {id(entry[0]): entry[0] for entry in held.values()}.values()
 
+    def vouch_for_reading(self) -> None:
+        """Before COMMIT: say where the server itself has refused every write, so that nothing need be asked of it."""
+        options, terms = self.guard.connection_options, self.terms
+        transaction = self.get_transaction()
+        if transaction is None or not terms.driver.read_only_options.items() <= options.items():
+            return
+        for connection, *_ in transaction._connections.values():
+            level = options.get("isolation_level") or connection.default_isolation_level
+            if level != "SERIALIZABLE":  # there what was read counts only once COMMIT has succeeded
+                connection.info[CLEAN_KEY] = True
+
     # Reading ----------------------------------------------------------------------------------------------
 
     def start_reading(self) -> None:
@@ -578,6 +590,8 @@ class GuardedTransaction(SessionTransaction):
             session = cast("GuardedSession", self.session)
             if guard.deadline is not None and (session.in_transaction_on_server() or session.has_pending()):
                 guard.refuse_overdue()
+            if self.parent is None and session.terms.settings.verify_commits:
+                session.vouch_for_reading()
             frame = guard.hooks.find(self)
             if frame is None:
                 super().commit(_to_root)
@@ -662,7 +676,9 @@ def refuse_changes(session: AsyncSession) -> None:
     if writes := sync_session.unsaved():
         raise WriteRefused(
             f"{sync_session.guard.holder} asked for a reader, but has written ({', '.join(writes)})",
-            remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
+            remedies=[
+                "Where something is written, ask for SessionDep instead of ReaderDep, or use db.transaction()."
+            ],
         )
 
 

@@ -109,8 +109,8 @@ class Ending:
                 await self.session.flush()
             # A stream's next statement may have come in while the flush was under way.
             await self.everyone_out()
-        # COMMIT bounds itself; a before_commit listener of the user's does not.
-        with self._severed_after(self._commit_timeout):
+        # COMMIT bounds itself and tells why; a before_commit listener of the user's does not.
+        with self._severed_after(self._commit_timeout + self._timeout):
             await self.session.commit()
 
     async def prepare(self) -> None:

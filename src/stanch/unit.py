@@ -307,7 +307,7 @@ class Unit:
             if writes := charge.unsaved:
                 raise UnsavedWrites(
                     f"{charge.holder} waits for its peer with uncommitted writes ({', '.join(writes)})",
-                    remedies=["Commit each message: async with session.begin(), or await session.commit()."],
+                    remedies=["Commit each message: async with atomic(session), or await session.commit()."],
                 )
             await charge.ending.roll_back()
 
