@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, literal, select, text
 from sqlalchemy.exc import DBAPIError
 
-from stanch import Database, SessionStateRefused, rollback_only, seams
+from stanch import Database, SessionStateRefused, rollback_only, statements
 from stanch.events import ConnectionSevered, SessionStateSet
 from stanch.session_state import CLEANING, State, session_state_of
 from stanch.sqlstate import sqlstate_of
@@ -141,7 +141,7 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     def note_nothing(_state: State, _context: object) -> None:
         pass
 
-    monkeypatch.setattr(seams, "_note_state", note_nothing)
+    monkeypatch.setattr(statements, "_note_state", note_nothing)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

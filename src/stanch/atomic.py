@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-from sqlalchemy import text
+from sqlalchemy import ColumnElement, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from stanch.callers import place_of_caller
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 S = TypeVar("S", bound=AsyncSession)
+
+_TRANSACTION_ID: Final[ColumnElement[Any]] = literal_column("pg_current_xact_id_if_assigned()::text")
+"""PostgreSQL gives a transaction its id with the first thing that it writes."""
 
 
 # Blocks ---------------------------------------------------------------------------------------------------
@@ -192,11 +195,12 @@ async def release(session: AsyncSession) -> None:
 
     What was read stays usable; the next statement begins a new transaction, which may see newer data. Raises
     ``UnsavedWrites``, naming them, if there are writes that nobody has committed, and ``UnitConflict`` inside an
-    ``atomic`` block, ``session.begin()`` or a savepoint. A ``text()`` whose words leave it open whether it writes is
-    not guessed at: the server is asked whether the transaction has an id (PostgreSQL manual, *Transaction ID and
-    Snapshot Information Functions*), one round trip.
+    ``atomic`` block, ``session.begin()`` or a savepoint. What may have written, a ``text()`` by its words or anything
+    by a function that it calls, is not guessed at: the server is asked whether the transaction has an id (PostgreSQL
+    manual, *Transaction ID and Snapshot Information Functions*), one round trip.
     """
     sync_session = guarded_session(session)
+    sync_session.refuse_after_end()
     owner = sync_session.owner()
     if sync_session.in_nested_transaction() or (owner is not None and owner.is_block):
         raise UnitConflict(
@@ -216,13 +220,13 @@ async def release(session: AsyncSession) -> None:
 
 
 async def _writes_of(session: AsyncSession, sync_session: GuardedSession) -> tuple[str, ...]:
-    certain, doubtful = sync_session.unsaved(), sync_session.guard.doubtful
+    certain, doubtful = sync_session.unsaved(), sync_session.doubts()
     if certain or not doubtful or not sync_session.in_transaction_on_server():
         return certain
     if session.get_bind().dialect.name != "postgresql":
-        return tuple(doubtful)
-    assigned = await session.scalar(text("SELECT pg_current_xact_id_if_assigned()::text"))
-    return tuple(doubtful) if assigned is not None else ()
+        return doubtful
+    assigned = await session.scalar(select(_TRANSACTION_ID))
+    return doubtful if assigned is not None else ()
 
 
 def _refuse_reader(session: AsyncSession, what: str) -> None:

@@ -139,6 +139,11 @@ class Database(Gathering[S], Generic[S]):
         return self._equipped.engine
 
     @property
+    def reader_engine(self) -> AsyncEngine:
+        """The engine of the readers: the same, unless ``reader_pool_size`` gives them one of their own."""
+        return (self._equipped.readers or self._equipped).engine
+
+    @property
     def driver(self) -> Driver:
         """What is particular to the database driver in use; for stanch's own shells."""
         return self._blueprint.driver
@@ -156,7 +161,10 @@ class Database(Gathering[S], Generic[S]):
         )
 
     def stats(self) -> Stats:
-        """How many connections are in use and idle, and how many callers wait, at this moment."""
+        """How many connections are in use and idle, and how many callers wait, at this moment.
+
+        Readers with connections of their own are counted in; ``readers`` of it is their part.
+        """
         return self._equipped.stats()
 
     def observe(self, observer: Observer) -> None:
@@ -339,8 +347,8 @@ class Database(Gathering[S], Generic[S]):
 
     def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
         """What *task* has held of the pool for longest, or None; not known of a pool that is not ours. For shells."""
-        pool = self._equipped.pool
-        return None if pool is None else pool.held_by(task)
+        held = [checkout for pool in self._equipped.pools if (checkout := pool.held_by(task)) is not None]
+        return min(held, key=lambda checkout: checkout.since, default=None)
 
     def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
@@ -363,13 +371,14 @@ class Database(Gathering[S], Generic[S]):
             self._observers,
             runner,
             judges_statements=self._equipped.pool is not None,
+            readers=None if self._equipped.readers is None else self._equipped.readers.engine.sync_engine,
         )
 
     @cached_property
     def _equipped(self) -> Equipped:
         equipped = self._blueprint.build()
-        if equipped.pool is not None:
-            equipped.pool.admit = self._lifetime.refuse_closed
+        for pool in equipped.pools:
+            pool.admit = self._lifetime.refuse_closed
         return equipped
 
     def _session_ended(self, guard: Guard, dropped: tuple[str, ...]) -> None:
@@ -383,11 +392,12 @@ class Database(Gathering[S], Generic[S]):
                 await self._lifetime.empty()
                 await self._all_returned()
         except TimeoutError:
-            if self._equipped.pool is not None:
-                self._equipped.pool.sever_held()
+            for pool in self._equipped.pools:
+                pool.sever_held()
         self._lifetime.closed()  # from here on the pool admits nobody, so that nothing opens behind dispose()
         if "_equipped" in self.__dict__:
-            await self.engine.dispose()
+            for engine in self._equipped.engines:
+                await engine.dispose()
 
     async def _all_returned(self) -> None:
         """Wait for sessions of the factory and users of the engine, which are on the pool's books alone."""

@@ -10,6 +10,7 @@ in this module only.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,13 @@ from stanch.values import Value
 from stanch.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-    from stanch.drivers import Driver
+    from stanch.drivers import Driver, Plan
     from stanch.events import Observers
     from stanch.unverified import Verifier
 
@@ -46,9 +47,25 @@ class Equipped(Value):
 
     engine: AsyncEngine
     pool: Pool | None
+    readers: Equipped | None = None
+    """The engine of the readers, where they have connections of their own."""
+
+    @property
+    def engines(self) -> Sequence[AsyncEngine]:
+        """All of them."""
+        return [self.engine] if self.readers is None else [self.engine, *self.readers.engines]
+
+    @property
+    def pools(self) -> Sequence[Pool]:
+        """Those that are ours."""
+        own = [] if self.pool is None else [self.pool]
+        return own if self.readers is None else [*own, *self.readers.pools]
 
     def stats(self) -> Stats:
-        """The counts of this moment, of whichever pool the engine has."""
+        """The counts of this moment, of whichever pools there are."""
+        return self._stats() if self.readers is None else self._stats().with_readers(self.readers.stats())
+
+    def _stats(self) -> Stats:
         if self.pool is not None:
             return self.pool.stats()
         foreign = self.engine.sync_engine.pool
@@ -77,15 +94,21 @@ def from_url(url: URL, given: Mapping[str, Any], *, observers: Observers, databa
     driver = driver_of(url)
     plan = driver.plan(url, Settings.judge(**given))
     settings = plan.settings
-    equip = partial(_equip, settings=settings, driver=driver, observers=observers, database=database)
+    equip = partial(_equip, driver=driver, observers=observers, database=database)
+    if settings.reader_pool_size is None:
+        return Blueprint(settings, driver, lambda: equip(_made(plan), settings=settings))
+    of_readers = driver.plan(url, settings.for_readers())
 
     def build() -> Equipped:
-        options = {"hide_parameters": True, **plan.engine_options}
-        return equip(
-            create_async_engine(plan.url, poolclass=NullPool, connect_args=plan.connect_args, **options)
-        )
+        readers = equip(_made(of_readers), settings=of_readers.settings, reads_only=True)
+        return replace(equip(_made(plan), settings=settings), readers=readers)
 
     return Blueprint(settings, driver, build)
+
+
+def _made(plan: Plan) -> AsyncEngine:
+    options = {"hide_parameters": True, **plan.engine_options}
+    return create_async_engine(plan.url, poolclass=NullPool, connect_args=plan.connect_args, **options)
 
 
 def from_engine(
@@ -101,6 +124,7 @@ def from_engine(
     choice = dict(given)
     sync_engine.hide_parameters = bool(choice.pop("hide_parameters", True))
     settings = Settings.judge(**{**_habits_of(sync_engine.pool), **choice})
+    _refuse_reader_pool(settings)
     _sever_idle(sync_engine.pool, driver)
 
     def adopt(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
@@ -114,6 +138,7 @@ def from_engine(
 def beside_engine(engine: AsyncEngine, given: Mapping[str, Any]) -> Blueprint:
     """Use *engine* as it is, pool and all: only its sessions are ours."""
     settings = Settings.judge(**{**_habits_of(engine.sync_engine.pool), **given})
+    _refuse_reader_pool(settings)
     if settings.verify_commits:
         raise ConfigError(
             "verify_commits=True has no COMMIT to watch: with adopt=False the engine keeps its own",
@@ -126,16 +151,28 @@ def beside_engine(engine: AsyncEngine, given: Mapping[str, Any]) -> Blueprint:
 
 
 def _equip(
-    engine: AsyncEngine, *, settings: Settings, driver: Driver, observers: Observers, database: str
+    engine: AsyncEngine,
+    *,
+    settings: Settings,
+    driver: Driver,
+    observers: Observers,
+    database: str,
+    reads_only: bool = False,
 ) -> Equipped:
     sync_engine = engine.sync_engine
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
     judge_statements(sync_engine, settings)
-    translate_errors(sync_engine, redacted=sync_engine.hide_parameters)
+    translate_errors(sync_engine, redacted=sync_engine.hide_parameters, reads_only=reads_only)
     keep_cancelled_connections(sync_engine, driver=driver)
     pool = Pool(
-        sync_engine.pool, settings, driver=driver, watch=watch, observers=observers, database=database
+        sync_engine.pool,
+        settings,
+        driver=driver,
+        watch=watch,
+        observers=observers,
+        database=database,
+        sized_by="reader_pool_size" if reads_only else "pool_size or max_overflow",
     )
     sync_engine.pool = pool
     verifier: Verifier = Unverified()
@@ -154,6 +191,14 @@ def _equip(
     verifier.attach(pool)
     TransactionEnds(sync_engine, settings, driver=driver, watch=watch, verifier=verifier).replace()
     return Equipped(engine, pool)
+
+
+def _refuse_reader_pool(settings: Settings) -> None:
+    if settings.reader_pool_size is not None:
+        raise ConfigError(
+            "reader_pool_size needs connections that stanch starts itself, and this engine brings its own",
+            remedies=["Make the Database from a URL.", "Leave out reader_pool_size: readers share the pool."],
+        )
 
 
 def _refuse_used(pool: SQLAlchemyPool) -> None:

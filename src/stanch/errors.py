@@ -180,7 +180,7 @@ class SavepointGone(StanchError, exc.InvalidRequestError):
 
 
 class WriteRefused(StanchError, exc.InvalidRequestError):
-    """A reader was asked to execute a write, which was not sent, or ended with writes, which were rolled back."""
+    """A reader was asked to execute a write, or ended with writes; nothing of it was stored."""
 
     error_code = "write-refused"
 

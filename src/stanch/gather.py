@@ -109,7 +109,9 @@ class Gathering(Generic[S]):
         if not parts:
             return ()
         opened = host.transaction if transaction else host.reader
-        return await _at_once(parts, opened, most=_bound(host.stats()), place=place_of_caller())
+        return await _at_once(
+            parts, opened, most=_bound(host.stats(), writing=transaction), place=place_of_caller()
+        )
 
 
 async def _at_once(
@@ -160,5 +162,7 @@ def _first_of(errors: list[BaseException]) -> BaseException:
     return first
 
 
-def _bound(stats: Stats) -> int:
-    return max(1, stats.pool_size + stats.max_overflow)
+def _bound(stats: Stats, *, writing: bool) -> int:
+    """How many of them can have a connection at once."""
+    readers = stats.bound if stats.readers is None else stats.readers.bound
+    return max(1, stats.bound - readers if writing and stats.readers is not None else readers)

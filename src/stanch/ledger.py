@@ -54,11 +54,35 @@ class Stats:
     waiting: int
     adopted: bool = True
     """False where the engine keeps a pool of its own: who waits and who holds is then not known."""
+    readers: Stats | None = field(default=None, repr=False)
+    """What of all this is the readers', where they have connections of their own (``reader_pool_size``)."""
 
     @property
     def size(self) -> int:
         """Connections open or being opened."""
         return self.in_use + self.idle
+
+    @property
+    def bound(self) -> int:
+        """How many may be open at once."""
+        return self.pool_size + self.max_overflow
+
+    def with_readers(self, readers: Stats) -> Stats:
+        """Both pools of one database seen as one.
+
+        >>> own = Stats(pool_size=5, max_overflow=2, in_use=1, idle=3, waiting=0)
+        >>> both = own.with_readers(Stats(pool_size=4, max_overflow=0, in_use=1, idle=0, waiting=2))
+        >>> (both.bound, both.in_use, both.waiting, both.readers.bound)
+        (11, 2, 2, 4)
+        """
+        return Stats(
+            pool_size=self.pool_size + readers.pool_size,
+            max_overflow=self.max_overflow + readers.max_overflow,
+            in_use=self.in_use + readers.in_use,
+            idle=self.idle + readers.idle,
+            waiting=self.waiting + readers.waiting,
+            readers=readers,
+        )
 
     def __add__(self, other: Stats) -> Stats:
         """Two pools of one database seen as one: each event loop has its own."""

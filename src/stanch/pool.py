@@ -103,6 +103,7 @@ class Pool(SQLAlchemyPool):
         watch: Watch,
         observers: Observers,
         database: str,
+        sized_by: str = "pool_size or max_overflow",
     ) -> None:
         super().__init__(
             replaced._creator,
@@ -116,6 +117,7 @@ class Pool(SQLAlchemyPool):
         self._watch = watch
         self._observers = observers
         self._database = database
+        self._sized_by = sized_by
         self._ledgers: dict[asyncio.AbstractEventLoop, Ledger[Slot]] = {}
         self._latest: tuple[asyncio.AbstractEventLoop | None, Ledger[Slot] | None] = (None, None)
         # An RLock: the garbage collector returns connections on the thread that holds it.
@@ -208,7 +210,7 @@ class Pool(SQLAlchemyPool):
     def status(self) -> str:
         """The counts in words, as SQLAlchemy's pools tell theirs."""
         stats = self.stats()
-        return f"in_use {stats.in_use} idle {stats.idle} waiting {stats.waiting} of {_bound(stats)}"
+        return f"in_use {stats.in_use} idle {stats.idle} waiting {stats.waiting} of {stats.bound}"
 
     # What the rest of stanch calls ----------------------------------------------------------------------
 
@@ -381,10 +383,10 @@ class Pool(SQLAlchemyPool):
             )
         return PoolExhausted(
             f"no connection came free within {limit}"
-            f" (in_use {stats.in_use} of {_bound(stats)}, waiting {stats.waiting}){lines}",
+            f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
             remedies=[
                 "Look at who holds longest: await release(session) before work that waits for something else.",
-                "Raise pool_size or max_overflow, if the server has room: all workers share max_connections.",
+                f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
             ],
         )
 
@@ -472,10 +474,6 @@ class Pool(SQLAlchemyPool):
 
 def _everybody() -> None:
     """Nothing speaks against a checkout."""
-
-
-def _bound(stats: Stats) -> int:
-    return stats.pool_size + stats.max_overflow
 
 
 def _where_it_lives(loop: asyncio.AbstractEventLoop, cut: Callable[[Slot], None], slot: Slot) -> None:

@@ -44,6 +44,16 @@ def refusal(what: str, holder: str) -> WriteRefused:
     )
 
 
+def refusal_by_server(holder: str) -> WriteRefused:
+    """The error for *holder*, a reader, one statement of which the server has refused, for it would have written."""
+    return WriteRefused(
+        f"{holder} may only read, and the server refused a statement that would have written; nothing was stored",
+        remedies=[
+            "A function, a rule or a trigger writes: call it from a writer, SessionDep or db.transaction().",
+        ],
+    )
+
+
 def objection_to(statement: Any) -> str | None:
     """What speaks against *statement* in a reader by its kind alone; None if it may go on to be compiled.
 

@@ -20,7 +20,9 @@ from stanch.errors import (
     CommitUnknown,
     DatabaseUnavailable,
     DeadlinePassed,
+    WriteRefused,
 )
+from stanch.reading import READER_OPTION, refusal_by_server
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 from stanch.watch import undisturbed
@@ -135,8 +137,11 @@ class TransactionEnds:
         return self._watch.run(self._ping, connection, connection=inner, timeout=timeout, what="the ping")
 
 
-def translate_errors(engine: Engine, *, redacted: bool) -> None:
-    """Let every error of *engine* say what it means: what is a lost connection, and no values in any message."""
+def translate_errors(engine: Engine, *, redacted: bool, reads_only: bool = False) -> None:
+    """Let every error of *engine* say what it means: what is a lost connection, and no values in any message.
+
+    *reads_only*: its server connections were started for reading, so that a refused write is no demoted primary.
+    """
 
     def handle_error(context: ExceptionContext) -> BaseException | None:
         original = context.original_exception
@@ -160,11 +165,9 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
                 # Without a context the statement has not been sent yet: then it is a bind processor's own.
                 context.is_disconnect = True
                 return _gone(original)
-            case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and not _asked_for_read_only(context):
-                # A demoted primary answers pings for ever; only a new connection can reach the new primary.
-                context.is_disconnect = True
-            case _ if says_server_has_gone(sqlstate_of(original)):
-                # asyncpg's connection still looks open when the server's last words arrive.
+            case _ if reads_only and sqlstate_of(original) == READ_ONLY_TRANSACTION:
+                return _refused_by_server(context)
+            case _ if _has_left(context):
                 context.is_disconnect = True
             case _:
                 pass
@@ -191,9 +194,26 @@ def _cut_short(context: ExceptionContext) -> DeadlinePassed | None:
     return passed
 
 
+def _has_left(context: ExceptionContext) -> bool:
+    """Whether the server that this pool was made for is no longer there, whatever the connection looks like."""
+    state = sqlstate_of(context.original_exception)
+    # A demoted primary answers pings for ever; only a new connection can reach the new primary. And asyncpg's
+    # connection still looks open when the last words of a server arrive.
+    demoted = state == READ_ONLY_TRANSACTION and not _asked_for_read_only(context)
+    return demoted or says_server_has_gone(state)
+
+
 def _asked_for_read_only(context: ExceptionContext) -> bool:
     connection = context.connection
     return connection is not None and bool(connection.get_execution_options().get("postgresql_readonly"))
+
+
+def _refused_by_server(context: ExceptionContext) -> WriteRefused:
+    connection = context.connection
+    reader = None if connection is None else connection.get_execution_options().get(READER_OPTION)
+    refused = refusal_by_server(reader if isinstance(reader, str) else "a reader")
+    refused.__cause__ = context.original_exception
+    return refused
 
 
 def _too_long(error: TimeoutError) -> DeadlinePassed:

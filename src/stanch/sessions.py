@@ -47,14 +47,15 @@ from stanch.reading import READER_OPTION, objection_to, objection_when_compiled,
 from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 from stanch.sqltext import is_plain_reading
+from stanch.statements import function_called_on
 from stanch.unverified import CLEAN_KEY
 from stanch.values import Value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from contextvars import Token
 
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from stanch.deadlines import Deadline
@@ -83,6 +84,8 @@ class Terms(Value):
     hooks: Runner
     judges_statements: bool
     """Whether the engine is ours, and looks at each statement that is about to be sent."""
+    readers: Engine | None = None
+    """The engine of the readers, where they have connections of their own."""
 
 
 class Owner(NamedTuple):
@@ -260,6 +263,7 @@ class GuardedSession(Session):
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
         # Before a user's own __init__, which may already begin().
         self.guard = guard or Guard("a session of your own making")
+        self._bind_of_writers: Any = None
         super().__init__(*arguments, **keywords)
 
     def unsaved(self) -> tuple[str, ...]:
@@ -276,8 +280,7 @@ class GuardedSession(Session):
     # Every use begins in one of these ---------------------------------------------------------------------
 
     def _autobegin_t(self, begin: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         return super()._autobegin_t(begin)
 
     def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
@@ -351,16 +354,14 @@ class GuardedSession(Session):
 
     def flush(self, objects: Sequence[Any] | None = None) -> None:
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         # Before SQLAlchemy marks the session as flushing: _flush() would be too late to wait.
         with self._inside():
             super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's; after the end it says so, where SQLAlchemy blames the object."""
-        if self.guard.ended_at is not None:
-            self._refuse_after_end()
+        self.refuse_after_end()
         super().refresh(instance, *arguments, **keywords)
 
     def commit(self) -> None:
@@ -457,14 +458,23 @@ class GuardedSession(Session):
 
     def driver_connections(self) -> list[Any]:
         """The driver's connections that this session holds now."""
-        transaction = self.get_transaction()
-        held = {} if transaction is None else transaction._connections
-        found = {id(entry[0]): entry[0] for entry in held.values()}.values()
         return [
             connection.connection.driver_connection
-            for connection in found
+            for connection in self._connections()
             if not connection.closed and not connection.invalidated
         ]
+
+    def doubts(self) -> tuple[str, ...]:
+        """Names of what was executed in this transaction, and of which only the server knows whether it wrote."""
+        if not self.terms.judges_statements:
+            return (*self.guard.doubtful, "what was executed")
+        called = (function_called_on(connection) for connection in self._connections())
+        return (*self.guard.doubtful, *(each for each in called if each is not None))
+
+    def _connections(self) -> Iterable[Connection]:
+        transaction = self.get_transaction()
+        held = {} if transaction is None else transaction._connections
+        return {id(entry[0]): entry[0] for entry in held.values()}.values()
 
     def vouch_for_reading(self) -> None:
         """Before COMMIT: say where the server itself has refused every write, so that nothing need be asked of it."""
@@ -482,6 +492,7 @@ class GuardedSession(Session):
     def start_reading(self) -> None:
         """From now on each statement stands alone: no BEGIN, and its connection goes back once it is read."""
         self.guard.reading = True
+        self._bind_of_writers, self.bind = self.bind, self.terms.readers or self.bind
         # What was changed waits for the end of the unit, or for a writer; a read must not write it.
         self.autoflush = False
         self.guard.connection_options = {**self.terms.driver.reader_options, READER_OPTION: self.guard.holder}
@@ -489,6 +500,7 @@ class GuardedSession(Session):
     def stop_reading(self) -> None:
         """From the next statement on this is a writer, with the objects it has read so far."""
         self.guard.reading = False
+        self.bind = self._bind_of_writers
         self.autoflush = self.terms.settings.autoflush
         self.guard.connection_options = {}
 
@@ -586,8 +598,11 @@ class GuardedSession(Session):
             if instance in self.new or instance in self.deleted or self.is_modified(instance)
         }
 
-    def _refuse_after_end(self) -> Never:
-        ended = cast("datetime", self.guard.ended_at)
+    def refuse_after_end(self) -> None:
+        """Raise ``SessionClosed`` once the session was closed for good."""
+        ended = self.guard.ended_at
+        if ended is None:
+            return
         raise SessionClosed(
             f"the session of {self.guard.holder} was used after its end"
             f" (it ended at {ended:%H:%M:%S}.{ended.microsecond // 1000:03d} UTC)",

@@ -90,6 +90,8 @@ def classify(error: BaseException) -> Failure | None:
             return Failure(Kind.UNAVAILABLE, retryable=True, disconnect=True)
         case exc.TimeoutError():
             return Failure(Kind.POOL_FULL)
+        case errors.WriteRefused():
+            return None  # a fault of the program, also where the server is its cause
         case errors.DatabaseUnavailable() | errors.DatabaseClosed():
             state = sqlstate_of(error)  # a wrong password or database name is not mended by trying again
             return Failure(

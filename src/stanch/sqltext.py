@@ -225,5 +225,53 @@ _LOCKING: Final = (("FOR",), ("FOR", "KEY"), ("FOR", "NO", "KEY"))
 
 
 def is_plain_reading(sql: str) -> bool:
-    """Whether *sql* certainly leaves nothing behind: no uncommitted change, no lock, no state of the session."""
+    """Whether *sql* certainly leaves nothing behind: no uncommitted change, no lock, no state of the session.
+
+    As far as its words say; a function that it calls is told by ``function_of_doubt``.
+    """
     return objection_to_reading(sql) is None
+
+
+_WRITES_NOTHING: Final = re.compile(
+    r"""
+      all | and | any | array | as | between | by | case | cube | distinct | else | except | exists | filter
+    | from | group | grouping | having | ilike | in | intersect | is | join | lateral | like | limit
+    | materialized | not | offset | on | or | over | recursive | rollup | row | select | sets | similar
+    | some | table | then | to | union | using | values | when | where | with | within | bit | char
+    | character | decimal | float | interval | numeric | time | timestamp | varchar | varying | abs
+    | age | array_agg | avg | btrim | cardinality | cast | ceil | coalesce | concat | count
+    | current_timestamp | date_part | date_trunc | dense_rank | extract | floor | format
+    | generate_series | greatest | jsonb_agg | jsonb_build_object | json_agg
+    | json_build_object | lag | last_value | lead | least | left | length | lower | lpad | ltrim | max
+    | md5 | min | mod | now | nullif | position | random | rank | replace | right | round | row_number
+    | row_to_json | rpad | rtrim | split_part | string_agg | strpos | substring | sum | to_char
+    | to_date | to_json | to_jsonb | to_timestamp | trim | unnest | upper
+    """,
+    re.VERBOSE,
+)
+"""Keywords, types and functions that certainly write nothing. Whatever is not listed costs one question, once."""
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def function_of_doubt(sql: str) -> str | None:
+    r"""The first function of which only the server knows whether it writes, called by *sql*, whose words only read.
+
+    None if there is none, and for what writes by its words.
+
+    >>> function_of_doubt("SELECT count(*) FROM orders WHERE id IN (1, 2)") is None
+    True
+    >>> function_of_doubt("SELECT place_order(7)"), function_of_doubt("SELECT shop.count(7)")
+    ('place_order()', 'count()')
+    """
+    if not is_plain_reading(sql):
+        return None
+    before = called = Token(Kind.SIGN, "")
+    for token in tokens(sql):
+        if token.text == "(" and called.function:
+            known = (
+                called.kind is Kind.WORD and before.text != "." and _WRITES_NOTHING.fullmatch(called.function)
+            )
+            if not known:
+                return f"{called.function}()"
+        before, called = called, token
+    return None

@@ -1,25 +1,29 @@
-"""Looks at each statement of an engine before it is sent: a reader may not write, session state is noted."""
+"""Looks at each statement of an engine before it is sent: readers may not write, what else matters is noted."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Final, Never
+from weakref import WeakKeyDictionary
 
 from stanch.callers import place_of_caller
 from stanch.errors import SessionStateRefused
 from stanch.reading import Readers
 from stanch.session_state import INFO_KEY, State, session_state_of
+from stanch.sqltext import function_of_doubt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.engine import Engine
+    from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPICursor, ExecutionContext
 
     from stanch.settings import Settings
 
 
 def judge_statements(engine: Engine, settings: Settings) -> None:
-    """Look at each statement of *engine* before it is sent: a reader may not write, session state is noted.
+    """Look at each statement of *engine* before it is sent: a reader may not write, what else matters is noted.
+
+    That is session state, and functions that may write.
 
     ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
     sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
@@ -28,40 +32,54 @@ def judge_statements(engine: Engine, settings: Settings) -> None:
     execute, execute_many = dialect.do_execute, dialect.do_executemany
     execute_bare = dialect.do_execute_no_params
     refuse_writes = Readers(dialect).refuse_writes
-    state_of = session_state_of if dialect.name == "postgresql" else _stateless
+    is_server = dialect.name == "postgresql"
+    state_of = session_state_of if is_server else _stateless
+    doubt_of = function_of_doubt if is_server else _beyond_doubt
     found = _note_state if settings.pooler is None else _refuse_state
 
     def look(statement: str, rows: Sequence[Any], context: ExecutionContext) -> None:
-        for state in state_of(statement):
-            if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
-                found(state, context)
-
-    # In all three: the compiled text is the same object each time, so its hash is known, and IN lists are not
-    # expanded in it; what was executed as a string has none.
+        refuse_writes(statement, context)
+        # The compiled text is the same object each time, so its hash is known, and IN lists are not expanded in it;
+        # what was executed as a string has none.
+        text = statement if (compiled := context.compiled) is None else compiled.string
+        if state_of(text):
+            for state in state_of(statement):
+                if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
+                    found(state, context)
+        if (called := doubt_of(text)) is not None:
+            _called.setdefault(context.root_connection, called)
 
     def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, [parameters], context)
+        look(statement, [parameters], context)
         execute(cursor, statement, parameters, context)
 
     def do_executemany(
         cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
     ) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, parameters, context)
+        look(statement, parameters, context)
         execute_many(cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
-        refuse_writes(statement, context)
-        if state_of(statement if (compiled := context.compiled) is None else compiled.string):
-            look(statement, [], context)
+        look(statement, [], context)
         execute_bare(cursor, statement, context)
 
     dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise
     dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
+
+
+def function_called_on(connection: Connection) -> str | None:
+    """The first function called on *connection* of which only the server knows whether it writes."""
+    return _called.get(connection)
+
+
+_called: Final[WeakKeyDictionary[Connection, str]] = WeakKeyDictionary()
+"""SQLAlchemy's connection lasts as long as a session's transaction, the pooled one underneath goes on."""
+
+
+def _beyond_doubt(_sql: str) -> str | None:
+    """SQLite's functions cannot write."""
+    return None
 
 
 def _stateless(_sql: str) -> tuple[State, ...]:

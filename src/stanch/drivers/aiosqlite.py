@@ -393,6 +393,9 @@ def _contradictions(url: URL, settings: Settings) -> list[Complaint]:
     complaints: list[Complaint] = []
     if settings.pooler is not None:
         complaints.append(Complaint("pooler is for PostgreSQL, and this is SQLite", "Leave pooler out."))
+    if settings.reader_pool_size is not None:
+        said = "reader_pool_size is for PostgreSQL: SQLite refuses a reader's writes on every connection"
+        complaints.append(Complaint(said, "Leave reader_pool_size out."))
     if settings.isolation_level not in {None, "SERIALIZABLE", "READ UNCOMMITTED", "AUTOCOMMIT"}:
         said = f"isolation_level={settings.isolation_level!r} is unknown to SQLite"
         complaints.append(Complaint(said, "Leave it out: SQLite is always SERIALIZABLE."))

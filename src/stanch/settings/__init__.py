@@ -7,7 +7,7 @@ settings, `judge_url` the one judge of URLs; both raise `stanch.errors.ConfigErr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
@@ -60,6 +60,10 @@ class Settings:
       server with its default of 100 connections.
     - ``max_overflow`` = 10: further connections at a peak, closed afterwards; as SQLAlchemy. 0 with
       ``NullPool``, which has nothing to flow over from: there ``pool_size`` is the bound.
+    - ``reader_pool_size`` = None: readers share the pool. A number gives them that many connections of their
+      own, beside ``pool_size + max_overflow``, on which the server refuses writes as well: they are started with
+      ``default_transaction_read_only=on``. Functions that write are refused by nobody else. Not through
+      PgBouncer, which drops that parameter, and not for SQLite, where every connection can be told so.
     - ``pool_timeout`` = 5 s: how long a caller waits for a connection. SQLAlchemy's 30 s is longer than
       most clients, proxies and people wait, so the answer would reach nobody, and meanwhile queues.
     - ``pool_recycle`` = 1800 s: a connection older than this is replaced when it is next taken. Half an
@@ -133,6 +137,7 @@ class Settings:
 
     pool_size: int = 5
     max_overflow: int = 10
+    reader_pool_size: int | None = None
     pool_timeout: float = 5.0
     pool_recycle: float = 1800.0
     pool_pre_ping: bool = False
@@ -183,6 +188,19 @@ class Settings:
     def server_timeouts(self) -> dict[str, str]:
         """The server's limits as PostgreSQL reads them: whole milliseconds, without a unit."""
         return {name: str(round(value * 1000)) for name in _SERVER_TIMEOUTS if (value := getattr(self, name))}
+
+    def for_readers(self) -> Settings:
+        """These for the ``reader_pool_size`` connections of readers, which the server keeps from writing."""
+        connect_args = dict(cast("Mapping[str, Any]", self.engine_options.get("connect_args", {})))
+        connect_args["server_settings"] = {**connect_args.get("server_settings", {}), **_READ_ONLY}
+        return replace(
+            self,
+            pool_size=self.reader_pool_size or self.pool_size,
+            max_overflow=0,
+            reader_pool_size=None,
+            verify_commits=False,
+            engine_options={**self.engine_options, "connect_args": connect_args},
+        )
 
     @classmethod
     def judge(cls, **given: object) -> Settings:
@@ -297,6 +315,12 @@ class Settings:
                 "every transaction may run in another server process",
                 "Leave verify_commits out, or connect past the pooler.",
             )
+        if self.pooler is not None and self.reader_pool_size is not None:
+            yield Complaint(
+                "reader_pool_size promises that the server refuses writes, which no parameter sent through PgBouncer "
+                "can make it do",
+                "Leave reader_pool_size out, or connect past the pooler.",
+            )
         for name in _SERVER_TIMEOUTS:
             if self.pooler is not None and getattr(self, name) is not None:
                 yield Complaint(
@@ -309,11 +333,13 @@ _PREFIX: Final = "STANCH_"
 _NOT_SETTINGS: Final = frozenset(
     {"STANCH_REQUIRE"}
 )  # read by the test suite; it must not stop a user's from_env
+_READ_ONLY: Final = {"default_transaction_read_only": "on"}
 _SERVER_TIMEOUTS: Final = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
 
 KINDS: Final[Mapping[str, Kind]] = {
     "pool_size": Whole(1, 1000, "20"),
     "max_overflow": Whole(0, 1000, "10"),
+    "reader_pool_size": Whole(1, 1000, "10", optional=True),
     "pool_timeout": Seconds("5.0"),
     "pool_recycle": Seconds("1800", most=MONTH, never=True),
     "pool_pre_ping": Switch(),

@@ -39,6 +39,7 @@ class Options(EngineOptions, total=False):
 
     pool_size: int
     max_overflow: int
+    reader_pool_size: int | None
     pool_timeout: float
     pool_recycle: float
     pool_pre_ping: bool
