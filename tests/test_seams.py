@@ -14,7 +14,7 @@ from sqlalchemy import Integer, TypeDecorator, bindparam, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from sqlalchemy.orm import Session
 
-from stanch import CommitRefused, CommitUnknown, Database, DeadlinePassed, classify
+from stanch import CommitRefused, CommitUnknown, Database, DeadlinePassed, WriteRefused, classify
 from stanch.embedded import EmbeddedPostgres
 from stanch.sqlstate import READ_ONLY_TRANSACTION, Kind, sqlstate_of
 from tests.support import cleaned
@@ -592,7 +592,7 @@ async def test_write_in_our_own_read_only_transaction_costs_no_connection(
 ) -> None:
     async with proxied(rows, driver) as (proxy, db):
         for _ in range(3):
-            with pytest.raises(DBAPIError) as caught:
+            with pytest.raises(WriteRefused) as caught:
                 async with db.transaction(read_only=True) as session:
                     await session.execute(WRITE)
             assert sqlstate_of(caught.value) == READ_ONLY_TRANSACTION

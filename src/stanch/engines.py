@@ -10,7 +10,6 @@ in this module only.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +48,11 @@ class Equipped(Value):
     pool: Pool | None
     readers: Equipped | None = None
     """The engine of the readers, where they have connections of their own."""
+
+    @property
+    def own(self) -> tuple[AsyncEngine, Pool | None]:
+        """The engine of all but the readers, and its pool."""
+        return self.engine, self.pool
 
     @property
     def engines(self) -> Sequence[AsyncEngine]:
@@ -101,7 +105,7 @@ def from_url(url: URL, given: Mapping[str, Any], *, observers: Observers, databa
 
     def build() -> Equipped:
         readers = equip(_made(of_readers), settings=of_readers.settings, reads_only=True)
-        return replace(equip(_made(plan), settings=settings), readers=readers)
+        return Equipped(*equip(_made(plan), settings=settings).own, readers)
 
     return Blueprint(settings, driver, build)
 

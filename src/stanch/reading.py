@@ -49,7 +49,7 @@ def refusal_by_server(holder: str) -> WriteRefused:
     return WriteRefused(
         f"{holder} may only read, and the server refused a statement that would have written; nothing was stored",
         remedies=[
-            "A function, a rule or a trigger writes: call it from a writer, SessionDep or db.transaction().",
+            "What writes there, perhaps a function or a trigger, belongs into a writer: SessionDep, db.transaction().",
         ],
     )
 

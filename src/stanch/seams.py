@@ -165,7 +165,9 @@ def translate_errors(engine: Engine, *, redacted: bool, reads_only: bool = False
                 # Without a context the statement has not been sent yet: then it is a bind processor's own.
                 context.is_disconnect = True
                 return _gone(original)
-            case _ if reads_only and sqlstate_of(original) == READ_ONLY_TRANSACTION:
+            case _ if sqlstate_of(original) == READ_ONLY_TRANSACTION and (
+                reads_only or _asked_for_read_only(context)
+            ):
                 return _refused_by_server(context)
             case _ if _has_left(context):
                 context.is_disconnect = True
@@ -199,8 +201,7 @@ def _has_left(context: ExceptionContext) -> bool:
     state = sqlstate_of(context.original_exception)
     # A demoted primary answers pings for ever; only a new connection can reach the new primary. And asyncpg's
     # connection still looks open when the last words of a server arrive.
-    demoted = state == READ_ONLY_TRANSACTION and not _asked_for_read_only(context)
-    return demoted or says_server_has_gone(state)
+    return state == READ_ONLY_TRANSACTION or says_server_has_gone(state)
 
 
 def _asked_for_read_only(context: ExceptionContext) -> bool:
@@ -211,7 +212,7 @@ def _asked_for_read_only(context: ExceptionContext) -> bool:
 def _refused_by_server(context: ExceptionContext) -> WriteRefused:
     connection = context.connection
     reader = None if connection is None else connection.get_execution_options().get(READER_OPTION)
-    refused = refusal_by_server(reader if isinstance(reader, str) else "a reader")
+    refused = refusal_by_server(reader if isinstance(reader, str) else "a READ ONLY transaction")
     refused.__cause__ = context.original_exception
     return refused
 

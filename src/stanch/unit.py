@@ -127,6 +127,8 @@ class Charge:
         starts_writing = self.wish.mode is Mode.READ is not joined.mode
         self.wish = joined
         self.ending.keep_to(joined.deadline)
+        if starts_writing and begun:
+            await self.ending.roll_back()  # clean, and begun READ ONLY; what was read stays usable
         if stronger or starts_writing:
             self._apply_options()
         self._promise()
@@ -179,8 +181,11 @@ class Charge:
             return
         if session.guard.reading:
             session.stop_reading()
+        # Who asked to read and needs a transaction for it gets one in which the server refuses what we cannot see.
         session.guard.connection_options = connection_options(
-            self.database.driver, isolation_level=wish.isolation_level, read_only=wish.read_only
+            self.database.driver,
+            isolation_level=wish.isolation_level,
+            read_only=wish.read_only or wish.mode is Mode.READ,
         )
 
     def _promise(self) -> None:

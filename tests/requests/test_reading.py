@@ -12,7 +12,7 @@ from sqlalchemy.orm import selectinload
 
 from stanch import WriteRefused
 from stanch.fastapi import ReaderDep, SessionDep, get_reader, get_session, provide_session, unit
-from tests.requests.shop import Order, User
+from tests.requests.shop import Order, User, call
 
 if TYPE_CHECKING:
     from tests.requests.shop import Shop
@@ -173,6 +173,30 @@ async def test_wishes_that_only_a_transaction_can_grant_are_granted_by_one(each_
         ["repeatable read", "on", ["idle in transaction"]],
         ["read committed", "off", ["idle"]],
     ]
+
+
+async def test_a_reader_that_needs_a_transaction_gets_one_that_only_reads(each_shop: Shop) -> None:
+    """And a writer that comes after it, one that writes; what was read before stays usable."""
+    shop = each_shop
+
+    @shop.app.post("/orders")
+    @unit(isolation_level="REPEATABLE READ")
+    async def write(session: ReaderDep) -> None:
+        await (await session.connection()).execute(text("INSERT INTO orders VALUES (3, 'pot', 1)"))
+        await session.commit()
+
+    @shop.app.post("/both")
+    @unit(isolation_level="REPEATABLE READ")
+    async def both(user: AdaDep, session: SessionDep) -> str:
+        session.add(Order(id=4, item="jug", user=user))
+        return user.name
+
+    await shop.judge.execute(STOCK)
+    reply = await call(shop.app, "/orders")
+    assert reply.starts == [500]
+    assert isinstance(reply.error, WriteRefused)
+    assert (await shop.post("/both")).json() == "ada"
+    assert sorted(await shop.orders()) == [1, 2, 4]
 
 
 async def test_committing_by_hand_in_a_reader_is_harmless(each_shop: Shop) -> None:

@@ -30,6 +30,11 @@ OneDep = Annotated[AsyncSession, Depends(provide_session("one"))]
 TwoDep = Annotated[AsyncSession, Depends(provide_session("two"))]
 
 
+async def count_orders(session: SessionDep) -> int:
+    found: int = (await session.execute(text("SELECT count(*) FROM orders"))).scalar_one()
+    return found
+
+
 async def count_users(session: ReaderDep) -> int:
     count: int = (await session.execute(text("SELECT count(*) FROM users"))).scalar_one()
     return count
@@ -722,13 +727,9 @@ async def test_the_stronger_isolation_level_holds_for_the_whole_unit(each_shop: 
 
 
 async def test_an_isolation_level_that_comes_too_late_is_a_conflict_that_names_both(shop: Shop) -> None:
-    async def orders_of(session: SessionDep) -> int:
-        found: int = (await session.execute(text("SELECT count(*) FROM orders"))).scalar_one()
-        return found
-
     @shop.app.post("/orders")
     async def place(
-        orders: Annotated[int, Depends(orders_of)],
+        orders: Annotated[int, Depends(count_orders)],
         session: SerializableDep,
     ) -> None: ...
 

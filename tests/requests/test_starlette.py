@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
@@ -171,8 +172,10 @@ async def test_install_gives_starlette_lifespan_and_problems_too(bare_shop: Shop
 
     async def peek(request: Request) -> Response:
         reader = await reader_of(request, "main")
-        await write_order(reader, 1)
-        return JSONResponse({"same": reader is await session_of(request)})
+        await reader.scalar(text("SELECT count(*) FROM orders"))
+        writer = await session_of(request)
+        await write_order(writer, 1)
+        return JSONResponse({"same": reader is writer})
 
     app = Starlette(
         routes=[Route("/doomed", doomed, methods=["POST"]), Route("/orders", peek, methods=["POST"])]
