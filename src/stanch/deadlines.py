@@ -155,6 +155,16 @@ def under(deadline: Deadline | None) -> Generator[None]:
         lift(token)
 
 
+@contextmanager
+def unbound() -> Generator[None]:
+    """No deadline is in force inside the block: what it does is no part of what was to be done by one."""
+    token = _in_force.set(None)
+    try:
+        yield
+    finally:
+        _in_force.reset(token)
+
+
 # What was cut off -----------------------------------------------------------------------------------------
 
 _reasons: Final[WeakKeyDictionary[Any, tuple[Deadline, str]]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stanch.deadlines import under
+from stanch.deadlines import unbound
 from stanch.events import HookFailed
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Runner:
 
     async def run(self, hooks: Sequence[Hook], *, holder: str) -> None:
         """Run *hooks* in order. Nobody else's deadline is in force in them: the work they wait for is done."""
-        with under(None):
+        with unbound():
             for hook in hooks:
                 if self.instead is None or not self.instead(hook):
                     await self._run(hook, holder)
