@@ -88,7 +88,8 @@ def record(scope: Scope, recorder: Recorder) -> None:
     """
     unit_of(scope)
     exchange = scope[_CALL]
-    if type(exchange) is not Exchange or exchange.start is not None:
+    recordable = isinstance(exchange, Exchange) and not isinstance(exchange, RecordedExchange)
+    if not recordable or exchange.start is not None:
         raise UnitConflict(
             "this reply cannot be recorded: it has begun, is recorded already, or is no HTTP reply",
             remedies=["Ask for one Idempotency-Key on a route, before it answers."],

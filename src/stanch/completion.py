@@ -23,6 +23,20 @@ _out_of_reach: Final[WeakSet[asyncio.Task[Any]]] = WeakSet()
 """Tasks that nobody outside this module can name, hence nobody cancels."""
 
 
+_too_late: Final[WeakSet[asyncio.CancelledError]] = WeakSet()
+"""Cancellations that were raised after the work had been stored."""
+
+
+def note_too_late(cancelled: asyncio.CancelledError) -> None:
+    """Remember that *cancelled* came while a COMMIT was on its way, which has succeeded."""
+    _too_late.add(cancelled)
+
+
+def came_too_late(cancelled: asyncio.CancelledError) -> bool:
+    """Whether *cancelled* was raised although COMMIT had succeeded."""
+    return cancelled in _too_late
+
+
 def is_out_of_reach() -> bool:
     """Whether the running task is one of ours, so that another shield would buy nothing."""
     return is_ours(asyncio.current_task())

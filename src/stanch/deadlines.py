@@ -156,13 +156,13 @@ def under(deadline: Deadline | None) -> Generator[None]:
 
 
 @contextmanager
-def unbound() -> Generator[None]:
-    """No deadline is in force inside the block: what it does is no part of what was to be done by one."""
-    token = _in_force.set(None)
+def only_under(deadline: Deadline | None) -> Generator[None]:
+    """*deadline* alone is in force inside the block, or none: for what the deadline outside has no say in."""
+    token = _in_force.set(deadline)
     try:
         yield
     finally:
-        _in_force.reset(token)
+        lift(token)
 
 
 # What was cut off -----------------------------------------------------------------------------------------

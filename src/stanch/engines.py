@@ -10,7 +10,6 @@ in this module only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ from stanch.pool import Pool
 from stanch.seams import TransactionEnds, translate_errors
 from stanch.settings import Settings
 from stanch.statements import judge_statements
-from stanch.verdict import Asking, Unverified
+from stanch.unverified import Unverified
+from stanch.values import Value
 from stanch.watch import Watch
 
 if TYPE_CHECKING:
@@ -38,11 +38,10 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.events import Observers
-    from stanch.verdict import Verifier
+    from stanch.unverified import Verifier
 
 
-@dataclass(frozen=True, slots=True)
-class Equipped:
+class Equipped(Value):
     """An engine, and the pool of ours inside it; *pool* is None where the engine keeps its own."""
 
     engine: AsyncEngine
@@ -65,8 +64,7 @@ class Equipped:
         return Stats(pool_size=1, max_overflow=0, in_use=0, idle=0, waiting=0, adopted=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Blueprint:
+class Blueprint(Value):
     """Settings that were judged as a whole, and how to build the engine from them once it is needed."""
 
     settings: Settings
@@ -142,6 +140,8 @@ def _equip(
     sync_engine.pool = pool
     verifier: Verifier = Unverified()
     if settings.verify_commits and sync_engine.dialect.name == "postgresql":
+        from stanch.verdict import Asking  # noqa: PLC0415  # a tenth of what importing stanch costs, for those who ask
+
         verifier = Asking(
             sync_engine.dialect,
             settings,

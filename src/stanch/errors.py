@@ -125,7 +125,8 @@ class TransactionAborted(StanchError, exc.PendingRollbackError):
 class CommitUnknown(_Operational):
     """The connection was lost while COMMIT was on its way: the work is stored or it is not; nobody here knows.
 
-    Never retried by stanch. Ask the database whether the work is there before doing it again.
+    Never retried by stanch, unless the work was declared idempotent. Ask the database whether it is there before doing
+    it again.
     """
 
     error_code = "commit-unknown"
@@ -191,13 +192,19 @@ class SessionStateRefused(StanchError, exc.InvalidRequestError):
 
 
 class UnsavedWrites(StanchError, exc.InvalidRequestError):
-    """A unit in manual commit mode succeeded, but left writes that nobody had committed; they were rolled back."""
+    """Writes that nobody had committed stood in the way of an end: of a unit, of ``release()``, of a websocket's wait.
+
+    Where a unit ended they were rolled back; otherwise nothing has changed.
+    """
 
     error_code = "unsaved-writes"
 
 
 class UnitConflict(StanchError, exc.InvalidRequestError):
-    """Two places of one unit ask for things that exclude each other, or ask too late."""
+    """Two places of one unit ask for things that exclude each other, or ask too late.
+
+    So it is with ``atomic(durable=True)`` inside, and ``release()`` where an outer block will end the transaction.
+    """
 
     error_code = "unit-conflict"
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Final
+
+from stanch.values import Value
 
 logger: Final = logging.getLogger("stanch")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(Value):
     """Something that happened to the database called *database*."""
 
     level: ClassVar[int] = logging.WARNING
     database: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkDropped(Event):
     """A session ended with writes that nobody had committed; they were rolled back."""
 
@@ -35,7 +34,6 @@ class WorkDropped(Event):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionSevered(Event):
     """A connection was cut off instead of being reused or waited for."""
 
@@ -45,7 +43,6 @@ class ConnectionSevered(Event):
         return f"a connection of database {self.database!r} was severed: {self.reason}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SessionStateSet(Event):
     """A unit left state in the server's session; the connection was closed, so that nobody else meets it.
 
@@ -62,7 +59,6 @@ class SessionStateSet(Event):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StillHeld(Event):
     """``close()`` stopped waiting for this holder and severed its connection."""
 
@@ -76,7 +72,6 @@ class StillHeld(Event):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TeardownFailed(Event):
     """Ending a session failed after its outcome had already been decided and told."""
 
@@ -88,7 +83,6 @@ class TeardownFailed(Event):
         return f"ending the session of {self.holder} failed: {type(self.error).__name__}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HookFailed(Event):
     """A callback of ``on_commit`` or ``after_rollback`` raised, or took too long; the reply stays as it was."""
 
@@ -105,7 +99,6 @@ class HookFailed(Event):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptFailed(Event):
     """Work rolled back and will be done again, after *pause* seconds; *attempt* counts from 1."""
 
@@ -119,7 +112,6 @@ class AttemptFailed(Event):
         return f"attempt {self.attempt} at {self.work} failed ({self.reason}); again in {self.pause:.3f} s"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CommitSettled(Event):
     """A connection was lost during COMMIT, and ``verify_commits`` asked: *verdict* is committed, aborted or unknown."""
 
@@ -134,7 +126,6 @@ class CommitSettled(Event):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CommitsUnverified(Event):
     """``verify_commits`` is on, but has nothing to go by; told once. A lost COMMIT is unknown, as without it."""
 

@@ -84,7 +84,10 @@ async def get_session(connection: HTTPConnection) -> AsyncSession:
 
 
 async def get_reader(connection: HTTPConnection) -> AsyncSession:
-    """The same session, for reading: a unit that asked for nothing more refuses to end with writes."""
+    """The same session, for reading: each statement stands alone, and holds a connection only while it runs.
+
+    A unit that asked for nothing more refuses what could write, and to end with changed objects (``WriteRefused``).
+    """
     return await _session(connection, "ReaderDep", {}, mode=Mode.READ)
 
 
@@ -97,7 +100,7 @@ SessionDep = Annotated[AsyncSession, Depends(get_session)]
 """The unit's session. COMMIT happens after the handler has returned and before the reply leaves."""
 
 ReaderDep = Annotated[AsyncSession, Depends(get_reader)]
-"""The unit's session for reading; ``SessionDep`` anywhere in the same request makes it a writer."""
+"""The unit's session for reading, without BEGIN; ``SessionDep`` anywhere in the same request makes it a writer."""
 
 DatabaseDep = Annotated[Database[AsyncSession], Depends(get_database)]
 """The default ``Database``."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from stanch.deadlines import unbound
+from stanch.deadlines import only_under
 from stanch.events import HookFailed
 
 if TYPE_CHECKING:
@@ -121,8 +121,14 @@ class Hooks(Generic[Key]):
         return frame
 
     def waiting(self, awaited: Outcome) -> list[Hook]:
-        """Callbacks that wait for *awaited* in any open frame."""
-        return [hook for frame in self._frames.values() for each, hook in frame.gathered if each is awaited]
+        """Callbacks that wait for *awaited* in any open frame whose end is not known yet."""
+        return [
+            hook
+            for frame in self._frames.values()
+            if frame.outcome is Outcome.ROLLED_BACK
+            for each, hook in frame.gathered
+            if each is awaited
+        ]
 
     def __bool__(self) -> bool:
         """Whether any are due."""
@@ -148,21 +154,26 @@ class Runner:
 
     async def run(self, hooks: Sequence[Hook], *, holder: str) -> None:
         """Run *hooks* in order. Nobody else's deadline is in force in them: the work they wait for is done."""
-        with unbound():
+        with only_under(None):
             for hook in hooks:
                 if self.instead is None or not self.instead(hook):
                     await self._run(hook, holder)
 
     async def _run(self, hook: Hook, holder: str) -> None:
+        # In a task that may be cancelled. Ours may not: no operation in it is kept from being cut short.
+        task = asyncio.create_task(_called(hook))
         try:
             async with asyncio.timeout(self._timeout):
-                outcome = hook.call(*hook.arguments, **hook.keywords)
-                if inspect.isawaitable(outcome):
-                    # In a task that is not ours: the timeout must not cut short a COMMIT of the callback's own.
-                    await asyncio.ensure_future(outcome)
+                await task
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  # told in full; this task is ours, so a cancellation is the callback's own
             self._observers.tell(
                 HookFailed(
                     database=self._database, holder=holder, hook=hook.name, place=str(hook.place), error=error
                 )
             )
+
+
+async def _called(hook: Hook) -> None:
+    outcome = hook.call(*hook.arguments, **hook.keywords)
+    if inspect.isawaitable(outcome):
+        await outcome

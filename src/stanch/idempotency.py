@@ -386,7 +386,7 @@ def _refuse_commit(session: Session) -> None:
         f"{session.guard.holder} has an IdempotencyKey, but commits by hand",
         remedies=[
             "Leave the commit to the unit: it stores the record of the reply with the work.",
-            "Use async with session.begin_nested() for a part that may fail.",
+            "Use async with atomic(session) for a part that may fail.",
         ],
     )
 

@@ -383,7 +383,7 @@ class Pool(SQLAlchemyPool):
             f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {_bound(stats)}, waiting {stats.waiting}){lines}",
             remedies=[
-                "Look at who holds longest: await session.commit() before work that waits for something else.",
+                "Look at who holds longest: await release(session) before work that waits for something else.",
                 "Raise pool_size or max_overflow, if the server has room: all workers share max_connections.",
             ],
         )

@@ -7,10 +7,12 @@ the instance costs no event: ``Engine._has_events`` stays False.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
+from stanch.completion import note_too_late
 from stanch.deadlines import in_force, reason_of, to_tidy_up, within
 from stanch.errors import (
     CommitLost,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.settings import Settings
-    from stanch.verdict import Verifier
+    from stanch.unverified import Verifier
     from stanch.watch import Watch
 
 
@@ -68,7 +70,20 @@ class TransactionEnds:
 
     def do_commit(self, connection: DBAPIConnection) -> None:
         """COMMIT, and if it was lost the question what became of it, as one that nobody can cut short."""
-        undisturbed(self._commit_and_settle, connection)
+        stored = False
+
+        def commit() -> None:
+            nonlocal stored
+            self._commit_and_settle(connection)
+            stored = True
+
+        try:
+            undisturbed(commit)
+        except asyncio.CancelledError as cancelled:
+            if stored:
+                # SQLAlchemy will take the transaction for one that failed.
+                note_too_late(cancelled)
+            raise
 
     def _commit_and_settle(self, connection: DBAPIConnection) -> None:
         _refuse_overdue()
@@ -128,6 +143,8 @@ def translate_errors(engine: Engine, *, redacted: bool) -> None:
         if redacted:
             redact(context.sqlalchemy_exception or original)
         match original:
+            case asyncio.CancelledError():
+                return None  # also where a deadline has passed at the same moment: whoever cancelled waits for it
             case CommitUnknown() | CommitLost() | DeadlinePassed():
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Never, cast
 
@@ -30,7 +29,7 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.callers import current_task, place_of_caller, whereabouts
-from stanch.completion import is_ours, run_to_completion
+from stanch.completion import came_too_late, is_ours, run_to_completion
 from stanch.deadlines import impose, lift
 from stanch.errors import (
     CommitRefused,
@@ -48,6 +47,8 @@ from stanch.reading import READER_OPTION, objection_to, objection_when_compiled,
 from stanch.retry import Attempt
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 from stanch.sqltext import is_plain_reading
+from stanch.unverified import CLEAN_KEY
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -72,8 +73,7 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 _COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(Value):
     """What every session of one ``Database`` is subject to."""
 
     database: str
@@ -114,6 +114,7 @@ class Guard:
         "ended_at",
         "holder",
         "hooks",
+        "hooks_wait",
         "inside",
         "owners",
         "reading",
@@ -143,6 +144,8 @@ class Guard:
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.hooks = Hooks[SessionTransaction]()
+        self.hooks_wait = False
+        """Whether callbacks that are due wait for ``run_due()``: other sessions of the unit still hold something."""
         self.owners: list[Owner] = []
         """Who has promised to commit, the innermost last; nobody has for a transaction merely begun by a read."""
         self.reading = False
@@ -233,6 +236,14 @@ class Guard:
         """Remember that *what* was written and is not committed yet."""
         if what not in self.wrote:
             self.wrote.append(what)
+
+    def note_commit(self, frame: Frame | None) -> None:
+        """What was done is stored, although SQLAlchemy will not say so."""
+        self.committed = True
+        self.wrote.clear()
+        self.doubtful.clear()
+        if frame is not None:
+            frame.outcome = Outcome.COMMITTED
 
     def note_doubt(self, what: str) -> None:
         """Remember that *what* was executed, of which only the server knows whether it wrote."""
@@ -392,10 +403,15 @@ class GuardedSession(Session):
             with guard.visit():
                 yield
         finally:
-            if guard.hooks and guard.inside is None and in_greenlet():
-                await_only(
-                    run_to_completion(self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder))
-                )
+            if guard.hooks and not guard.hooks_wait and guard.inside is None and in_greenlet():
+                await_only(run_to_completion(self.run_due()))
+
+    async def run_due(self) -> None:
+        """Run the callbacks whose time has come. Never raises what they do."""
+        guard = self.guard
+        guard.hooks_wait = False
+        if guard.hooks:
+            await self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder)
 
     # The connection ---------------------------------------------------------------------------------------
 
@@ -449,6 +465,17 @@ class GuardedSession(Session):
             for connection in found
             if not connection.closed and not connection.invalidated
         ]
+
+    def vouch_for_reading(self) -> None:
+        """Before COMMIT: say where the server itself has refused every write, so that nothing need be asked of it."""
+        options, terms = self.guard.connection_options, self.terms
+        transaction = self.get_transaction()
+        if transaction is None or not terms.driver.read_only_options.items() <= options.items():
+            return
+        for connection, *_ in transaction._connections.values():
+            level = options.get("isolation_level") or connection.default_isolation_level
+            if level != "SERIALIZABLE":  # there what was read counts only once COMMIT has succeeded
+                connection.info[CLEAN_KEY] = True
 
     # Reading ----------------------------------------------------------------------------------------------
 
@@ -592,23 +619,18 @@ class GuardedTransaction(SessionTransaction):
             session = cast("GuardedSession", self.session)
             if guard.deadline is not None and (session.in_transaction_on_server() or session.has_pending()):
                 guard.refuse_overdue()
+            if self.parent is None and session.terms.settings.verify_commits:
+                session.vouch_for_reading()
             frame = guard.hooks.find(self)
-            if frame is None:
-                super().commit(_to_root)
-                return
-            if frame.doom is not None:
+            if frame is not None and frame.doom is not None:
                 raise self._refused(frame.doom)
             trouble = session.trouble()
             try:
-                if self.nested and frame.trouble is not None and self.is_active:
+                if self.nested and frame is not None and frame.trouble is not None and self.is_active:
                     self._ask_whether_aborted()
                 super().commit(_to_root)
-            except CommitUnknown:
-                frame.outcome = Outcome.UNKNOWN
-                raise
-            except asyncio.CancelledError as error:
-                if self.parent is None and self._state is SessionTransactionState.PREPARED:
-                    frame.outcome = self._outcome_of_cancelled(error)
+            except (CommitUnknown, asyncio.CancelledError) as error:
+                self._note_outcome(error, frame)
                 raise
             except SQLAlchemyError as error:
                 if trouble is None or not _is_consequence(error, self):
@@ -655,12 +677,20 @@ class GuardedTransaction(SessionTransaction):
         for entry in self._connections.values():
             entry[0].execute(text("SELECT 1"))
 
-    def _outcome_of_cancelled(self, error: asyncio.CancelledError) -> Outcome:
-        """How a COMMIT ended whose waiter was cancelled: ours runs to its end, and its failure is the cause."""
+    def _note_outcome(self, error: BaseException, frame: Frame | None) -> None:
+        """What is known of a COMMIT that did not return, or whose waiter was cancelled: ours runs to its end."""
+        guard = cast("GuardedSession", self.session).guard
+        if self.parent is None and isinstance(error, asyncio.CancelledError) and came_too_late(error):
+            guard.note_commit(frame)
+        elif frame is not None and (isinstance(error, CommitUnknown) or self._may_be_stored(error)):
+            frame.outcome = Outcome.UNKNOWN
+
+    def _may_be_stored(self, error: BaseException) -> bool:
+        if isinstance(error.__cause__, CommitUnknown):
+            return True
+        # On an engine that is not ours a COMMIT can be cut short.
         ours = cast("GuardedSession", self.session).terms.judges_statements
-        if isinstance(error.__cause__, CommitUnknown) or not ours:
-            return Outcome.UNKNOWN
-        return Outcome.COMMITTED if error.__cause__ is None else Outcome.ROLLED_BACK
+        return not ours and self.parent is None and self._state is SessionTransactionState.PREPARED
 
     def _refused(self, why: str) -> CommitRefused:
         what = "the savepoint could not be released" if self.nested else "COMMIT stored nothing"
@@ -717,7 +747,9 @@ def refuse_changes(session: AsyncSession) -> None:
     if writes := sync_session.unsaved():
         raise WriteRefused(
             f"{sync_session.guard.holder} asked for a reader, but has written ({', '.join(writes)})",
-            remedies=["Ask for SessionDep instead of ReaderDep where something is written."],
+            remedies=[
+                "Where something is written, ask for SessionDep instead of ReaderDep, or use db.transaction()."
+            ],
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ All repetitions here and below are possessive: a long text is read once, not in 
 """
 _ESCAPED: Final = r"'(?:[^'\\]|\\.|'')*+'"
 
-_TOKEN: Final = re.compile(
-    rf"""
+_TOKEN: Final = rf"""
       (?P<space>   [ \t\n\r\f\v]+ | --[^\n\r]* )
     | (?P<comment> /\* )
     | (?P<string>  [eE]{_ESCAPED}(?:{_BREAK}{_ESCAPED})*+ | (?:[uU]&|[bBxXnN])?'(?:[^']|'')*+' )
@@ -71,9 +70,7 @@ _TOKEN: Final = re.compile(
     | (?P<open>    [eE]?' | " | \$(?:[{_LETTER}][{_LETTER}0-9]*)?\$ )
     | (?P<word>    [{_LETTER}][{_LETTER}0-9$]* )
     | (?P<sign>    \$?[0-9]+ | . )
-    """,
-    re.DOTALL | re.VERBOSE,
-)
+    """
 _KINDS: Final = {
     "word": Kind.WORD,
     "name": Kind.NAME,
@@ -82,6 +79,14 @@ _KINDS: Final = {
     "sign": Kind.SIGN,
 }
 _UNREADABLE: Final = {"escaped": 'an identifier in U&"…"', "open": "a quote that does not end"}
+
+
+@cache
+def _scanner() -> re.Pattern[str]:
+    # Not at import: the tables of this pattern are a fifth of what importing stanch costs.
+    return re.compile(_TOKEN, re.DOTALL | re.VERBOSE)
+
+
 _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
 _MINGLED: Final = re.compile(r"\$%\(|\$:\w|\)[sbt]\$|:\w+\$")
 """A bind parameter next to a dollar sign. The driver writes $1 there, and may so begin or end a $-quoted string."""
@@ -101,9 +106,10 @@ def tokens(sql: str) -> Iterator[Token]:
         raise Unreadable("a NUL character")
     if "$" in sql and _MINGLED.search(sql):
         raise Unreadable("a parameter next to a dollar sign")
+    match_at = _scanner().match
     position, end = 0, len(sql)
     while position < end:
-        match = _TOKEN.match(sql, position)
+        match = match_at(sql, position)
         assert match is not None, "the last alternative takes any character"
         position, found = match.end(), match.group()
         if match.lastgroup == "comment":
@@ -127,16 +133,16 @@ def _end_of_comment(sql: str, position: int) -> int:
 
 _READING: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW"})
 _WRITING: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "INTO", "SET", "LOCK", "CREATE"})
-_COMMANDS: Final = re.compile(
-    "ALTER|ANALYZE|BEGIN|CALL|CHECKPOINT|CLOSE|CLUSTER|COMMENT|COMMIT|COPY|CREATE|DEALLOCATE|DECLARE|DELETE|DISCARD|DO|"
-    "DROP|END|EXECUTE|EXPLAIN|FETCH|GRANT|IMPORT|INSERT|LISTEN|LOAD|LOCK|MERGE|MOVE|NOTIFY|PRAGMA|PREPARE|REFRESH|"
-    "REINDEX|RELEASE|RESET|REVOKE|ROLLBACK|SAVEPOINT|SECURITY|SET|START|TRUNCATE|UNLISTEN|UPDATE|VACUUM"
+_COMMANDS: Final = (
+    "ALTER|ANALYZE|BEGIN|CALL|CHECKPOINT|CLOSE|CLUSTER|COMMENT|COMMIT|COPY|CREATE|DEALLOCATE|DECLARE|"
+    "DELETE|DISCARD|DO|DROP|END|EXECUTE|EXPLAIN|FETCH|GRANT|IMPORT|INSERT|LISTEN|LOAD|LOCK|MERGE|MOVE|"
+    "NOTIFY|PRAGMA|PREPARE|REFRESH|REINDEX|RELEASE|RESET|REVOKE|ROLLBACK|SAVEPOINT|SECURITY|SET|START|"
+    "TRUNCATE|UNLISTEN|UPDATE|VACUUM"
 )
 """What an error may name; another first word might be anything."""
 _NO_STATEMENT: Final = "an empty statement"
 
-_WRITING_FUNCTIONS: Final = re.compile(
-    r"""
+_WRITING_FUNCTIONS: Final = r"""
       nextval | setval | set_config | setseed | pg_notify | pg_nextoid
     | pg_(try_)?advisory_\w+
     | lo_\w+ | loread | lowrite
@@ -147,10 +153,13 @@ _WRITING_FUNCTIONS: Final = re.compile(
     | pg_extension_config_dump | pg_stop_making_pinned_objects | pg_truncate_visibility_map | heap_force_\w+
     | pg_file_\w+ | pg_logdir_\w+ | brin_\w*summarize_\w+ | gin_clean_pending_list | binary_upgrade_\w+
     | query_to_xml\w* | cursor_to_xml\w* | ts_stat | ts_rewrite | xpath_table | crosstab\w* | connectby | dblink\w*
-    """,
-    re.VERBOSE,
-)
+    """
 """Functions of PostgreSQL and its contributed modules that change something, or run SQL that they are given as text."""
+
+
+@cache
+def _writing_function() -> re.Pattern[str]:
+    return re.compile(_WRITING_FUNCTIONS, re.VERBOSE)
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -187,7 +196,7 @@ def _objection_to(statement: Sequence[Token]) -> str | None:
     if keyword is None:
         return _NO_STATEMENT
     if keyword not in _READING:
-        return keyword if _COMMANDS.fullmatch(keyword) else "no statement that is known"
+        return keyword if re.fullmatch(_COMMANDS, keyword) else "no statement that is known"
     before: tuple[str, ...] = ()
     called = ""
     for token in statement:
@@ -195,7 +204,7 @@ def _objection_to(statement: Sequence[Token]) -> str | None:
             return "a second statement after ;"
         if (writing := _writing_word(token.keyword, before)) is not None:
             return writing
-        if token.text == "(" and _WRITING_FUNCTIONS.fullmatch(called):
+        if token.text == "(" and _writing_function().fullmatch(called):
             return f"{called}()"
         before = (*before[-2:], token.keyword)
         called = token.function

@@ -119,7 +119,10 @@ async def session_of(connection: HTTPConnection, database: Database[Any] | str |
 
 
 async def reader_of(connection: HTTPConnection, database: Database[Any] | str | None = None) -> AsyncSession:
-    """The same session, for reading: a unit that asked for nothing more refuses to end with writes."""
+    """The same session, for reading: each statement stands alone, and holds a connection only while it runs.
+
+    A unit that asked for nothing more refuses what could write, and to end with changed objects (``WriteRefused``).
+    """
     unit = attend(connection)
     return await unit.session(unit.database(database), Wish(source="reader_of()", mode=Mode.READ))
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from stanch.completion import run_to_completion
 from stanch.deadlines import earlier, give_reason, to_tidy_up, under
 from stanch.errors import ConfigError, TransactionAborted
-from stanch.events import TeardownFailed
+from stanch.events import TeardownFailed, WorkDropped
 from stanch.sessions import guard_of, guarded_session
 
 if TYPE_CHECKING:
@@ -110,9 +110,13 @@ class Ending:
                 await self.session.flush()
             # A stream's next statement may have come in while the flush was under way.
             await self.everyone_out()
-        # COMMIT bounds itself; a before_commit listener of the user's does not.
-        with self._severed_after(self._commit_timeout):
+        # COMMIT bounds itself and tells why; a before_commit listener of the user's does not.
+        with self._severed_after(self._commit_timeout + self._timeout):
             await self.session.commit()
+        if writes := guarded_session(self.session).unsaved():
+            # A callback was given this very session, of whose end it was told. What comes next is a rollback.
+            guard = guard_of(self.session)
+            self._observers.tell(WorkDropped(database=guard.database, holder=guard.holder, writes=writes))
 
     async def prepare(self) -> None:
         """Flush, and provoke what else can fail before COMMIT: PostgreSQL's deferred constraints."""

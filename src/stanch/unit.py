@@ -160,6 +160,14 @@ class Charge:
         marked, self._sync.guard.rollback_only = self._sync.guard.rollback_only, False
         return marked
 
+    def hold_callbacks(self) -> None:
+        """Let callbacks wait, also those that are due."""
+        self._sync.guard.hooks_wait = True
+
+    async def run_callbacks(self) -> None:
+        """Run those that are due, and no longer let any wait."""
+        await self._sync.run_due()
+
     @property
     def _sync(self) -> GuardedSession:
         return guarded_session(self.session)
@@ -312,7 +320,7 @@ class Unit:
             if writes := charge.unsaved:
                 raise UnsavedWrites(
                     f"{charge.holder} waits for its peer with uncommitted writes ({', '.join(writes)})",
-                    remedies=["Commit each message: async with session.begin(), or await session.commit()."],
+                    remedies=["Commit each message: async with atomic(session), or await session.commit()."],
                 )
             await charge.ending.roll_back()
 
@@ -323,6 +331,8 @@ class Unit:
         return sorted(self._charges.values(), key=lambda charge: order.get(id(charge.database), len(order)))
 
     async def _settle(self, charges: list[Charge], *, commit: bool) -> None:
+        for charge in charges:
+            charge.hold_callbacks()
         try:
             for charge in charges:
                 await charge.ending.everyone_out()
@@ -333,6 +343,9 @@ class Unit:
         finally:
             for charge in charges:
                 await charge.ending.roll_back()
+            # Only now: none of them holds a connection, or a lock that a callback could wait for.
+            for charge in charges:
+                await charge.run_callbacks()
 
     def _is_to_commit(self, charge: Charge) -> bool:
         match charge.wish.mode:

@@ -13,16 +13,17 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, Never, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy import event
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from stanch.deadlines import Deadline, under
-from stanch.errors import CommitLost, CommitUnknown, DatabaseUnavailable
+from stanch.deadlines import Deadline, only_under
+from stanch.errors import CommitLost, DatabaseUnavailable
 from stanch.events import CommitSettled, CommitsUnverified
 from stanch.retry import backoff
 from stanch.sqlstate import IN_FAILED_TRANSACTION, INVALID_PARAMETER_VALUE, sqlstate_of
+from stanch.unverified import CLEAN_KEY, commit_unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     from stanch.events import Observers
     from stanch.settings import Settings
     from stanch.watch import Watch
-
-CLEAN_KEY: Final = "stanch.clean"
-"""In a pooled connection's ``info``, set just before COMMIT: this transaction cannot have written, and is not
-SERIALIZABLE. Taken out again by its COMMIT or ROLLBACK."""
 
 WITNESS_KEY: Final = "stanch.witness"
 """In a pooled connection's ``info``: its `Witness`."""
@@ -145,7 +142,6 @@ _DOOMED: Final = Finding(Verdict.ABORTED, "an earlier error had aborted the tran
 _UNCONFIRMED_READS: Final = Finding(
     Verdict.ABORTED, "a serializable transaction may rely on what it read only after its COMMIT"
 )
-_UNVERIFIED: Final = Finding(Verdict.UNKNOWN, "")
 _UNWITNESSED: Final = Finding(Verdict.UNKNOWN, "this server does not let us see whether it has crashed since")
 _POOLED: Final = Finding(
     Verdict.UNKNOWN, "another server process commits than the one at connect: there is a pooler between"
@@ -186,44 +182,6 @@ def judge(ticket: Ticket, answer: Answer) -> Finding:
 
 
 # Who asks ---------------------------------------------------------------------------------------------------
-
-
-class Verifier(Protocol):
-    """Before COMMIT it takes down what to ask for; after a loss it asks."""
-
-    def attach(self, pool: Pool) -> None:
-        """Meet every new connection of *pool*."""
-        ...
-
-    def stake(self, connection: DBAPIConnection) -> Ticket | Finding:
-        """What will be asked if the coming COMMIT is lost, or what is known already. At most one round trip."""
-        ...
-
-    def rolled_back(self, connection: DBAPIConnection) -> None:
-        """There will be no COMMIT: forget what was said of it."""
-        ...
-
-    def settle(self, stake: Ticket | Finding, error: Exception) -> None:
-        """COMMIT was lost in *error*: return if the work is stored, else raise ``CommitLost`` or ``CommitUnknown``."""
-        ...
-
-
-class Unverified:
-    """Asks nothing: a lost COMMIT is unknown."""
-
-    def attach(self, pool: Pool) -> None:
-        """Meet nobody."""
-
-    def stake(self, connection: DBAPIConnection) -> Finding:  # noqa: ARG002  # the null object's
-        """Take nothing down."""
-        return _UNVERIFIED
-
-    def rolled_back(self, connection: DBAPIConnection) -> None:
-        """Forget nothing."""
-
-    def settle(self, stake: Ticket | Finding, error: Exception) -> Never:  # noqa: ARG002  # likewise
-        """Raise ``CommitUnknown``."""
-        raise _unknown("") from error
 
 
 class Asking:
@@ -340,11 +298,11 @@ class Asking:
             case Verdict.ABORTED:
                 raise _lost(finding.why) from error
             case Verdict.UNKNOWN:
-                raise _unknown(finding.why) from error
+                raise commit_unknown(finding.why) from error
 
     def _ask(self, ticket: Ticket) -> Finding:
         # The unit's own deadline may be what ended the COMMIT; it must not end the question too.
-        with under(Deadline.after(self._timeout, "verify_commits")):
+        with only_under(Deadline.after(self._timeout, "verify_commits")):
             return self._ask_until_answered(ticket)
 
     def _ask_until_answered(self, ticket: Ticket) -> Finding:
@@ -453,17 +411,6 @@ def _trouble(error: Exception) -> str:
     """What stood in the way, for an error's text: no host and no message of the server's."""
     state = sqlstate_of(error)
     return type(error).__name__ if state is None else f"SQLSTATE {state}"
-
-
-def _unknown(why: str) -> CommitUnknown:
-    return CommitUnknown(
-        "the connection was lost while COMMIT was on its way: the work may or may not be stored"
-        + (f"; {why}" if why else ""),
-        remedies=[
-            "Do not repeat the work blindly: look first whether it is there.",
-            "Give the work a key of the client's choosing, unique in its table; then repeating it is harmless.",
-        ],
-    )
 
 
 def _lost(why: str) -> CommitLost:

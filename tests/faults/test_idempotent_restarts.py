@@ -46,7 +46,7 @@ async def test_a_request_repeated_after_a_crash_at_its_commit_has_one_effect(
         app = FastAPI()
         install(app, db)
 
-        @app.post("/work/{what}", status_code=201, dependencies=[Depends(IdempotencyKey(KEYS))])
+        @app.post("/tasks/{what}", status_code=201, dependencies=[Depends(IdempotencyKey(KEYS))])
         async def work(what: str, session: SessionDep) -> str:
             await session.execute(text("INSERT INTO work (what) VALUES (:what)"), {"what": what})
             return f"did {what}"
@@ -57,7 +57,7 @@ async def test_a_request_repeated_after_a_crash_at_its_commit_has_one_effect(
         async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
 
             async def post(number: int) -> httpx.Response:
-                return await client.post(f"/work/{number}", headers={"idempotency-key": str(number)})
+                return await client.post(f"/tasks/{number}", headers={"idempotency-key": str(number)})
 
             for number in range(ROUNDS):
                 verdict = chance.choice([Verdict.CUT, Verdict.CUT_ANSWER])

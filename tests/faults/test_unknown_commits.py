@@ -21,7 +21,8 @@ from stanch import CommitLost, CommitRefused, CommitUnknown, Database, Kind, cla
 from stanch.embedded import EmbeddedPostgres
 from stanch.embedded.loopback import free_port
 from stanch.events import CommitSettled, CommitsUnverified
-from stanch.verdict import CLEAN_KEY, WITNESS_KEY
+from stanch.unverified import CLEAN_KEY
+from stanch.verdict import WITNESS_KEY
 from tests.faults.served import serving
 from tests.faults.subject import Subject, prepare
 from tests.support import cleaned

@@ -722,9 +722,13 @@ async def test_the_stronger_isolation_level_holds_for_the_whole_unit(each_shop: 
 
 
 async def test_an_isolation_level_that_comes_too_late_is_a_conflict_that_names_both(shop: Shop) -> None:
+    async def orders_of(session: SessionDep) -> int:
+        found: int = (await session.execute(text("SELECT count(*) FROM orders"))).scalar_one()
+        return found
+
     @shop.app.post("/orders")
     async def place(
-        users: Annotated[int, Depends(count_users)],
+        orders: Annotated[int, Depends(orders_of)],
         session: SerializableDep,
     ) -> None: ...
 
@@ -732,8 +736,20 @@ async def test_an_isolation_level_that_comes_too_late_is_a_conflict_that_names_b
     assert reply.starts == [500]
     assert isinstance(reply.error, UnitConflict)
     assert "provide_session(...)" in reply.error.what
-    assert "ReaderDep" in reply.error.what
+    assert "SessionDep" in reply.error.what
     assert "@unit" in str(reply.error)
+
+
+async def test_an_isolation_level_comes_in_time_after_a_reader_which_begins_nothing(shop: Shop) -> None:
+    @shop.app.post("/orders")
+    async def place(
+        users: Annotated[int, Depends(count_users)],
+        session: SerializableDep,
+    ) -> dict[str, str]:
+        level: str = (await session.execute(text("SHOW transaction_isolation"))).scalar_one()
+        return {"level": level}
+
+    assert (await shop.post("/orders")).json() == {"level": "serializable"}
 
 
 async def test_unit_on_the_route_sets_the_isolation_level_before_any_dependency_runs(each_shop: Shop) -> None:

@@ -206,7 +206,7 @@ async def test_a_cursor_opened_in_the_handler_breaks_in_the_body_and_the_reply_w
     """Documented: the unit was settled in between. Open the cursor in the body."""
 
     @each_shop.app.get("/orders")
-    async def export(session: ReaderDep) -> StreamingResponse:
+    async def export(session: SessionDep) -> StreamingResponse:
         result = await session.stream(text("SELECT generate_series(1, 100000)"))
 
         async def body() -> AsyncIterator[str]:
@@ -234,7 +234,7 @@ async def test_a_cursor_opened_in_the_handler_disturbs_no_other_unit_from_the_bo
     reading = text("SELECT what FROM audit ORDER BY id")
 
     @app.get("/audit")
-    async def export(session: ReaderDep) -> StreamingResponse:
+    async def export(session: SessionDep) -> StreamingResponse:
         result = await session.stream(reading)
 
         async def body() -> AsyncIterator[str]:
@@ -264,7 +264,7 @@ async def test_a_cursor_opened_in_the_handler_disturbs_no_other_unit_from_the_bo
 
 async def test_a_cursor_opened_in_the_body_is_read_to_its_end(each_shop: Shop) -> None:
     @each_shop.app.get("/orders")
-    async def export(session: ReaderDep) -> StreamingResponse:
+    async def export(session: SessionDep) -> StreamingResponse:
         async def body() -> AsyncIterator[str]:
             async for row in await session.stream(text("SELECT generate_series(1, 5000)")):
                 yield f"{row[0]}\n"

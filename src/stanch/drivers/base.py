@@ -249,7 +249,7 @@ def commit_refused(by: str) -> CommitRefused:
         f"COMMIT stored nothing: {by} had rolled the transaction back after an earlier error",
         remedies=[
             "Find the error that was caught and not raised again; work after it was lost as well.",
-            "Put work that may fail into a savepoint: async with session.begin_nested().",
+            "Put work that may fail into a savepoint: async with atomic(session).",
         ],
     )
 

@@ -6,7 +6,6 @@ No complaint ever repeats a text it was given: it might be a password.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -14,6 +13,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, St
 from typing_extensions import override
 
 from stanch.errors import ConfigError
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,11 +25,15 @@ CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that forge log lines, end C strings, or mean that a file was read without ``.strip()``."""
 
 
-class Kind:
+class Kind(Value):
     """What a value may be. ``str()`` says it; *example* is one, as Python writes it."""
 
-    __slots__ = ()
-    example: str
+    if TYPE_CHECKING:
+
+        @property
+        def example(self) -> str:
+            """One that is allowed; each kind has it as a field, in a place of its own."""
+            ...
 
     def judge(self, value: object) -> Any:
         """*value* as it is to be used. Raises `ValueError` if it is not allowed, perhaps with a hint."""
@@ -40,7 +44,6 @@ class Kind:
         raise ValueError
 
 
-@dataclass(frozen=True, slots=True)
 class Switch(Kind):
     """On or off, and nothing that merely counts as true: ``"false"`` is a true value in Python."""
 
@@ -61,7 +64,6 @@ class Switch(Kind):
         return _SWITCH_WORDS[_known(text.lower(), _SWITCH_WORDS)]
 
 
-@dataclass(frozen=True, slots=True)
 class Whole(Kind):
     """A whole number within bounds. A bool is not a number."""
 
@@ -91,7 +93,6 @@ class Whole(Kind):
         return int(text)
 
 
-@dataclass(frozen=True, slots=True)
 class Seconds(Kind):
     """A length of time: finite, at least a millisecond, so that no unit rounds it down to "no limit"."""
 
@@ -126,7 +127,6 @@ class Seconds(Kind):
         return float(text)
 
 
-@dataclass(frozen=True, slots=True)
 class Choice(Kind):
     """One of a few words, in any case, with blanks or underscores; some choices also know on and off."""
 
@@ -166,7 +166,6 @@ class Choice(Kind):
         return plain[_plain(text)]
 
 
-@dataclass(frozen=True, slots=True)
 class Label(Kind):
     """A short name that PostgreSQL shows as it is: it cuts at 63 bytes and replaces what is not ASCII.
 
@@ -197,7 +196,6 @@ class Label(Kind):
         return self.judge(text)
 
 
-@dataclass(frozen=True, slots=True)
 class PoolClass(Kind):
     """A SQLAlchemy pool class that says how stanch's own pool shall behave."""
 
@@ -218,7 +216,6 @@ class PoolClass(Kind):
         return POOL_CLASSES[_known(text, POOL_CLASSES)]
 
 
-@dataclass(frozen=True, slots=True)
 class Instance(Kind):
     """Anything of a given type."""
 
@@ -237,7 +234,6 @@ class Instance(Kind):
         return value
 
 
-@dataclass(frozen=True, slots=True)
 class Function(Kind):
     """Something that can be called."""
 
