@@ -395,9 +395,10 @@ async def test_a_commit_whose_waiter_is_cancelled_has_still_committed(
     assert (diary.ran, diary.saw) == (["stored"], [[1]])
 
 
+@pytest.mark.parametrize("committing", [_by_hand, _by_session_begin, _by_transaction])
 @pytest.mark.parametrize("by", ["task", "scope"])
 async def test_callbacks_run_to_their_end_although_their_waiter_is_cancelled(
-    numbers: Numbers, diary: Diary, by: str
+    numbers: Numbers, diary: Diary, by: str, committing: Committing
 ) -> None:
     started, go_on = asyncio.Event(), asyncio.Event()
 
@@ -406,11 +407,13 @@ async def test_callbacks_run_to_their_end_although_their_waiter_is_cancelled(
         await go_on.wait()
         await diary.look("first")
 
+    async def work(session: AsyncSession) -> None:
+        await put(session, 1)
+        on_commit(session, slow)
+        on_commit(session, diary.look, "second")
+
     async def unit() -> None:
-        async with numbers.db.transaction() as session:
-            await put(session, 1)
-            on_commit(session, slow)
-            on_commit(session, diary.look, "second")
+        await committing(numbers, work)
 
     if by == "task":
         task = asyncio.create_task(unit())
@@ -526,17 +529,23 @@ async def test_a_callback_that_is_too_slow_in_a_unit_of_its_own_leaves_nothing(n
     await numbers.assert_clean()
 
 
-async def test_the_deadline_of_the_unit_is_not_that_of_its_callbacks(numbers: Numbers, diary: Diary) -> None:
+@pytest.mark.parametrize("give", [on_commit, after_rollback])
+async def test_the_deadline_of_the_unit_is_not_that_of_its_callbacks(
+    numbers: Numbers, diary: Diary, give: Any
+) -> None:
     async def write() -> None:
         await asyncio.sleep(0.15)
         async with numbers.db.transaction() as own:
             await put(own, 2)
         await diary.look("written")
 
-    async with numbers.db.transaction(timeout=0.1) as session:
-        await put(session, 1)
-        on_commit(session, write)
-    assert await numbers.stored() == [1, 2]
+    with suppress(ZeroDivisionError):
+        async with numbers.db.transaction(timeout=0.1) as session:
+            await put(session, 1)
+            give(session, write)
+            if give is after_rollback:
+                raise ZeroDivisionError
+    assert diary.saw == [[1, 2] if give is on_commit else [2]]
     assert numbers.told == []
 
 

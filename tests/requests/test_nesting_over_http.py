@@ -407,7 +407,7 @@ async def test_callbacks_of_a_stream_run_when_its_work_is_committed(each_shop: S
 
 
 async def test_callbacks_over_two_databases_each_run_after_the_commit_of_their_own(bare_shop: Shop) -> None:
-    """In the order of the commits, which is that of the installation."""
+    """In the order of the commits, which is that of the installation; none before the last of them."""
     second = bare_shop.database()
     second.name = "second"
     install(bare_shop.app, bare_shop.db, second)
@@ -429,7 +429,7 @@ async def test_callbacks_over_two_databases_each_run_after_the_commit_of_their_o
         assert (await bare_shop.post("/orders")).status_code == 201
     finally:
         await second.close()
-    assert seen == [("first", [1]), ("second", [1, 2])]
+    assert seen == [("first", [1, 2]), ("second", [1, 2])]
 
 
 async def test_of_two_databases_the_one_that_failed_runs_what_waits_for_its_rollback(bare_shop: Shop) -> None:
