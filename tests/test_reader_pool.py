@@ -28,6 +28,7 @@ pytestmark = pytest.mark.anyio
 fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
 
 WRITERS, READERS = 1, 2
+TWO: dict[str, Any] = {"reader_pool_size": 2}
 
 
 class Base(AsyncAttrs, DeclarativeBase):
@@ -53,7 +54,8 @@ async def judged(fresh_database: FreshDatabase) -> FreshDatabase:
 
 def database(judged: FreshDatabase, driver: str, **settings: Any) -> Database[AsyncSession]:
     chosen: dict[str, Any] = {"pool_size": WRITERS, "max_overflow": 0, "reader_pool_size": READERS}
-    return Database(judged.url(driver), **{**chosen, "pool_timeout": 1.0, **settings})
+    chosen |= {"pool_timeout": 1.0, **settings}
+    return Database(judged.url(driver), **chosen)
 
 
 @pytest.fixture
@@ -328,7 +330,7 @@ def test_where_it_cannot_be_kept_it_is_refused_before_anything_opens(
     url: str, settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        Database(url, **{"reader_pool_size": 2, **settings})
+        Database(url, **(TWO | settings))
 
 
 def test_it_can_come_from_the_environment() -> None:

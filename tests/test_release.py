@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import ForeignKey, delete, func, insert, literal_column, select, text, update
+from sqlalchemy import ColumnElement, ForeignKey, delete, func, insert, literal_column, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -197,11 +197,6 @@ async def _bulk(session: AsyncSession) -> None:
     await session.run_sync(lambda sync: sync.bulk_save_objects([Shelf(id=9, label="x")]))
 
 
-async def _released_savepoint(session: AsyncSession) -> None:
-    async with atomic(session):
-        await session.execute(insert(Shelf).values(id=9, label="x"))
-
-
 DIRTY: dict[str, tuple[Use, str]] = {
     "flush": (_flush, "Shelf"),
     "a pending object": (_pending, "Shelf"),
@@ -326,12 +321,9 @@ async def test_a_function_that_writes_is_found_out(
     db: Database[AsyncSession], library: FreshDatabase
 ) -> None:
     """By its words it only reads; it must not be lost in silence."""
-    for statement in (
-        text("SELECT writes()"),
-        select(func.writes()),
-        func.writes(),
-        select(literal_column("writes()")),
-    ):
+    column: ColumnElement[int] = literal_column("writes()")
+    statements: list[Any] = [text("SELECT writes()"), select(func.writes()), func.writes(), select(column)]
+    for statement in statements:
         await library.execute("DELETE FROM shelves WHERE id = 7")
         async with db.session() as session:
             await session.execute(statement)
