@@ -58,7 +58,7 @@ docs: $(TOOLED) ## The documentation, into site/
 	@$(BIN)/mkdocs build --quiet --strict
 
 bench: $(READY) ## The benchmarks
-	@echo "No benchmarks yet: they come with the pool's instruments."
+	@$(BIN)/python bench/hold_time.py
 
 changelog: $(TOOLED) ## What the next entry of the changelog would say
 	@$(BIN)/towncrier build --draft --version next

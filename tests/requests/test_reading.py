@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated
 
 import pytest
-from fastapi import Depends
+from fastapi import Depends, FastAPI
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import selectinload
 
 from stanch import WriteRefused
-from stanch.fastapi import ReaderDep, SessionDep, get_reader, get_session, provide_session, unit
+from stanch.fastapi import (
+    ReaderDep,
+    SessionDep,
+    get_reader,
+    get_session,
+    install,
+    provide_session,
+    unit,
+)
 from tests.requests.shop import Order, User, call
 
 if TYPE_CHECKING:
@@ -49,6 +58,43 @@ async def test_nothing_is_held_between_two_reads(each_shop: Shop) -> None:
     await shop.judge.execute(STOCK)
     assert (await shop.get("/orders")).json() == ["ada", "bob"]
     assert held == [(0, ["idle"])] * 2
+
+
+async def test_a_slow_call_after_a_read_costs_no_connection(each_shop: Shop) -> None:
+    """Thirty handlers wait for something else at the same time on a pool of two; by a writer's session it is two."""
+    shop = each_shop
+    small = shop.database(name="small", pool_size=2)
+    app = FastAPI()
+    install(app, small)
+    waiting = {"reader": 0, "session": 0}
+    go_on, as_many_as_can = asyncio.Event(), asyncio.Event()
+
+    async def read_and_wait(session: AsyncSession, kind: str) -> None:
+        await session.get_one(User, 1)
+        waiting[kind] += 1
+        if waiting == {"reader": 30, "session": 2}:
+            as_many_as_can.set()
+        await go_on.wait()
+
+    @app.get("/reader")
+    async def by_reader(session: ReaderDep) -> None:
+        await read_and_wait(session, "reader")
+
+    @app.get("/session")
+    async def by_session(session: SessionDep) -> None:
+        await read_and_wait(session, "session")
+
+    await shop.judge.execute(STOCK)
+    async with small:
+        paths = ["/reader"] * 30 + ["/session"] * 30
+        asked = [asyncio.create_task(call(app, path, method="GET")) for path in paths]
+        async with asyncio.timeout(4):
+            await as_many_as_can.wait()
+        stats = small.stats()
+        assert (stats.in_use, stats.waiting) == (2, 28)
+        go_on.set()
+        replies = await asyncio.gather(*asked)
+    assert [reply.starts for reply in replies] == [[200]] * 60
 
 
 async def test_a_reader_that_meets_a_writer_is_one_session_with_its_objects(each_shop: Shop) -> None:

@@ -1,27 +1,31 @@
-"""Law 5 in figures: who gives the connection back before a slow call serves more with the same pool."""
+"""One read and then 50 ms elsewhere, pool 10, 100 clients: requests per second by ReaderDep and by hand.
+
+    make bench            # both drivers; ends with 1 if ReaderDep is below 4.5 times
+
+Both apps run in this process, in alternating slices, so that what else the machine does meets both. By hand 200 a
+second cannot be exceeded, for a connection is held during the call; what ReaderDep reaches is a matter of the
+processor, so a busy machine shows less.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator  # noqa: TC003  # FastAPI evaluates annotations at run time
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from stanch import Database
+from stanch.embedded import EmbeddedPostgres
 from stanch.fastapi import ReaderDep, install
-from tests.requests.shop import Order
-from tests.support.judge import assert_nothing_left
 
 if TYPE_CHECKING:
-    from tests.requests.shop import ASGIApp, Message
-    from tests.support.judge import FreshDatabase
-
-pytestmark = pytest.mark.anyio
+    from stanch.asgi import ASGIApp, Message
 
 POOL: Final = 10
 CLIENTS: Final = 100
@@ -31,6 +35,19 @@ SLICE: Final = 1.5
 """Seconds that one app is driven before the other has its turn: what else the machine does meets both."""
 SLICES: Final = 3
 GAIN: Final = 4.5
+
+
+class Base(DeclarativeBase):
+    """The models."""
+
+
+class Order(Base):
+    """One row is read of it, again and again."""
+
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    item: Mapped[str]
+
 
 READ: Final = select(Order).where(Order.id == 1)
 
@@ -63,6 +80,7 @@ def by_hand(factory: async_sessionmaker[AsyncSession]) -> FastAPI:
 
 
 def by_reader(db: Database[Any]) -> FastAPI:
+    """The same handler on stanch."""
     app = FastAPI()
     install(app, db)
 
@@ -121,16 +139,15 @@ async def _drive(app: ASGIApp, seconds: float) -> tuple[int, float]:
     return answered, time.perf_counter() - began
 
 
-@pytest.mark.long
-async def test_a_slow_call_after_a_read_does_not_cost_a_connection(
-    fresh_database: FreshDatabase, driver: str
-) -> None:
-    await fresh_database.execute(
-        "CREATE TABLE users (id int PRIMARY KEY); CREATE TABLE orders (id int PRIMARY KEY, item text, user_id int);"
-        "INSERT INTO orders VALUES (1, 'tea', NULL)"
-    )
-    engine = create_async_engine(fresh_database.url(driver), pool_size=POOL, max_overflow=0, pool_timeout=30)
-    db = Database(fresh_database.url(driver), pool_size=POOL, max_overflow=0, pool_timeout=30)
+async def compare(server: EmbeddedPostgres, driver: str) -> float:
+    """How many times the requests per second of the pattern by hand ReaderDep serves."""
+    url = server.url(driver)
+    engine = create_async_engine(url, pool_size=POOL, max_overflow=0, pool_timeout=30)
+    db = Database(url, pool_size=POOL, max_overflow=0, pool_timeout=30)
+    async with db.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+        await connection.run_sync(Base.metadata.create_all)
+        await connection.execute(insert(Order).values(id=1, item="tea"))
     apps: dict[str, ASGIApp] = {
         "by hand": by_hand(async_sessionmaker(engine, expire_on_commit=False)),
         "ReaderDep": by_reader(db),
@@ -144,12 +161,22 @@ async def test_a_slow_call_after_a_read_does_not_cost_a_connection(
             answered, took = await _drive(app, SLICE)
             requests[name] += answered
             seconds[name] += took
-    per_second = {name: requests[name] / seconds[name] for name in apps}
-    gain = per_second["ReaderDep"] / per_second["by hand"]
-    print(f"{driver}: {per_second}, {gain:.2f} times")
-    await assert_nothing_left(fresh_database, db)
     await engine.dispose()
     await db.close()
-    # Nobody can do more than this by hand: a connection is held for as long as the call takes.
-    assert per_second["by hand"] <= POOL / ELSEWHERE
-    assert gain >= GAIN, per_second
+    rate = {name: requests[name] / seconds[name] for name in apps}
+    gain = rate["ReaderDep"] / rate["by hand"]
+    print(
+        f"{driver:8} by hand {rate['by hand']:6.0f}/s   ReaderDep {rate['ReaderDep']:6.0f}/s   {gain:.2f} times"
+    )
+    return gain
+
+
+def main() -> int:
+    """Compare on both drivers; 1 if one of them falls short."""
+    with EmbeddedPostgres() as server:
+        gains = [asyncio.run(compare(server, driver)) for driver in ("asyncpg", "psycopg")]
+    return int(min(gains) < GAIN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
