@@ -35,6 +35,7 @@ from stanch.settings.kinds import (
     shown,
 )
 from stanch.settings.url import MAX_PORT
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -42,8 +43,7 @@ if TYPE_CHECKING:
     from stanch.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Text(Kind):
+class Text(Kind, Value):
     """A text without control characters: drivers pass it on to C, and to the start-up packet."""
 
     example: str
@@ -63,8 +63,7 @@ class Text(Kind):
         return self.judge(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Either(Kind):
+class Either(Kind, Value):
     """What one of two kinds lets through."""
 
     first: Kind

@@ -25,15 +25,10 @@ CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Characters that forge log lines, end C strings, or mean that a file was read without ``.strip()``."""
 
 
-class Kind(Value):
+class Kind:
     """What a value may be. ``str()`` says it; *example* is one, as Python writes it."""
 
-    if TYPE_CHECKING:
-
-        @property
-        def example(self) -> str:
-            """One that is allowed; each kind has it as a field, in a place of its own."""
-            ...
+    example: str
 
     def judge(self, value: object) -> Any:
         """*value* as it is to be used. Raises `ValueError` if it is not allowed, perhaps with a hint."""
@@ -44,7 +39,7 @@ class Kind(Value):
         raise ValueError
 
 
-class Switch(Kind):
+class Switch(Kind, Value):
     """On or off, and nothing that merely counts as true: ``"false"`` is a true value in Python."""
 
     example: str = "True"
@@ -64,7 +59,7 @@ class Switch(Kind):
         return _SWITCH_WORDS[_known(text.lower(), _SWITCH_WORDS)]
 
 
-class Whole(Kind):
+class Whole(Kind, Value):
     """A whole number within bounds. A bool is not a number."""
 
     least: int
@@ -93,7 +88,7 @@ class Whole(Kind):
         return int(text)
 
 
-class Seconds(Kind):
+class Seconds(Kind, Value):
     """A length of time: finite, at least a millisecond, so that no unit rounds it down to "no limit"."""
 
     example: str
@@ -127,7 +122,7 @@ class Seconds(Kind):
         return float(text)
 
 
-class Choice(Kind):
+class Choice(Kind, Value):
     """One of a few words, in any case, with blanks or underscores; some choices also know on and off."""
 
     words: tuple[str, ...]
@@ -166,7 +161,7 @@ class Choice(Kind):
         return plain[_plain(text)]
 
 
-class Label(Kind):
+class Label(Kind, Value):
     """A short name that PostgreSQL shows as it is: it cuts at 63 bytes and replaces what is not ASCII.
 
     PostgreSQL manual, *application_name*. A control character would be worse than ugly: asyncpg ends the
@@ -196,7 +191,7 @@ class Label(Kind):
         return self.judge(text)
 
 
-class PoolClass(Kind):
+class PoolClass(Kind, Value):
     """A SQLAlchemy pool class that says how stanch's own pool shall behave."""
 
     example: str
@@ -216,7 +211,7 @@ class PoolClass(Kind):
         return POOL_CLASSES[_known(text, POOL_CLASSES)]
 
 
-class Instance(Kind):
+class Instance(Kind, Value):
     """Anything of a given type."""
 
     types: tuple[type, ...]
@@ -234,7 +229,7 @@ class Instance(Kind):
         return value
 
 
-class Function(Kind):
+class Function(Kind, Value):
     """Something that can be called."""
 
     example: str = "json.dumps"
