@@ -683,6 +683,7 @@ async def test_work_inside_other_work_is_refused_whether_or_not_that_holds_a_con
 async def test_the_books_know_what_a_task_has_held_for_longest() -> None:
     moments = iter(range(10))
     ledger = Ledger[object](pool_size=5, max_overflow=0, clock=lambda: next(moments))
+    ledger.open_up(new=object)
     mine = asyncio.current_task()
     assert ledger.held_by(mine) is None
     _others, first, _second = (ledger.take(task, new=object) for task in (None, mine, mine))

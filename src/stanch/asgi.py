@@ -19,7 +19,7 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 
 from stanch.completion import run_to_completion
-from stanch.deadlines import Deadline, earlier, judged_length
+from stanch.deadlines import Allowance, Deadline, allowed, earlier, judged_length
 from stanch.errors import ConfigError, NotInstalled, UnitConflict
 from stanch.events import logger
 from stanch.unit import Kind, Mode, Unit, Unsaved
@@ -129,6 +129,8 @@ class UnitMiddleware:
         self.unsaved: Unsaved = _judge("unsaved", unsaved, ("warn", "raise", "ignore"))
         self.mode = MODES[_judge("commit_mode", commit_mode, tuple(MODES))]
         self.request_timeout = judged_length("request_timeout", request_timeout)
+        if request_timeout is not None:
+            self.app = _bounded(app)
         self.exchange: type[Exchange] = Exchange if request_timeout is None else TimedExchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -219,10 +221,11 @@ class Call:
             unit = self.outer.unit_in(scope)
             unit.adopt(middleware.databases)
         unit.mode, unit.unsaved = middleware.mode, middleware.unsaved
-        unit.deadline = earlier(unit.deadline, self._deadline())
+        unit.deadline = earlier(unit.deadline, self.deadline())
         return unit
 
-    def _deadline(self) -> Deadline | None:
+    def deadline(self) -> Deadline | None:
+        """When the reply must be on its way."""
         return None
 
     async def close(self, *, well: bool) -> None:
@@ -342,7 +345,8 @@ class TimedExchange(Exchange):
     def __init__(self) -> None:
         self.arrived = time.monotonic()
 
-    def _deadline(self) -> Deadline | None:
+    def deadline(self) -> Deadline | None:
+        """That long after the request came."""
         timeout = self.middleware.request_timeout
         assert timeout is not None
         return Deadline(self.arrived + timeout, timeout, "request_timeout")
@@ -400,6 +404,29 @@ class Conversation(Call):
             well = True
         finally:
             await self.close(well=well)
+
+
+def _bounded(app: ASGIApp) -> ASGIApp:
+    """*app*, whose ``request_timeout`` also holds for the units that a handler opens by itself."""
+
+    async def bounded(scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = scope.get(_CALL)
+        if not isinstance(exchange, Exchange):  # a websocket
+            await app(scope, receive, send)
+            return
+        deadline = exchange.deadline()
+        assert deadline is not None
+        allowance = Allowance(deadline)
+
+        async def send_and_lift(message: Message) -> None:
+            await send(message)
+            if "status" in message:
+                allowance.deadline = None  # streams and background tasks have all the time they need
+
+        with allowed(allowance):
+            await app(scope, receive, send_and_lift)
+
+    return bounded
 
 
 def _is_last(message: Message) -> bool:

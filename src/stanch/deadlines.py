@@ -102,23 +102,34 @@ def earlier(one: Deadline | None, other: Deadline | None) -> Deadline | None:
     return one if one.at <= other.at else other
 
 
+class Allowance:
+    """The deadline of one call of the app: it holds for all that is done in it, until the reply has left."""
+
+    __slots__ = ("deadline",)
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline: Deadline | None = deadline
+
+
 _in_force: Final[ContextVar[Deadline | None]] = ContextVar("stanch deadline", default=None)
+_of_the_call: Final[ContextVar[Allowance | None]] = ContextVar("stanch deadline of the call", default=None)
 
 
 def in_force() -> Deadline | None:
     """The deadline of whatever is being done now, or None."""
-    return _in_force.get()
+    call = _of_the_call.get()
+    return _in_force.get() if call is None else earlier(_in_force.get(), call.deadline)
 
 
 def within(timeout: float) -> float:
     """How long a wait may take that is allowed *timeout* seconds by itself: that, or less under a deadline."""
-    deadline = _in_force.get()
+    deadline = in_force()
     return timeout if deadline is None else min(timeout, deadline.remaining())
 
 
 def to_tidy_up(timeout: float) -> float:
     """As ``within()``, for what must be done all the same (ROLLBACK, close): *timeout* at most, ``GRACE`` at least."""
-    deadline = _in_force.get()
+    deadline = in_force()
     return timeout if deadline is None else min(timeout, max(deadline.remaining(), GRACE))
 
 
@@ -128,7 +139,7 @@ def whose(setting: str, timeout: float) -> str:
     >>> whose("connect_timeout", 5.0)
     'connect_timeout 5.00 s'
     """
-    deadline = _in_force.get()
+    deadline = in_force()
     return str(deadline) if deadline is not None and deadline.has_passed else f"{setting} {timeout:.2f} s"
 
 
@@ -158,11 +169,22 @@ def under(deadline: Deadline | None) -> Generator[None]:
 @contextmanager
 def only_under(deadline: Deadline | None) -> Generator[None]:
     """*deadline* alone is in force inside the block, or none: for what the deadline outside has no say in."""
-    token = _in_force.set(deadline)
+    token, call = _in_force.set(deadline), _of_the_call.set(None)
     try:
         yield
     finally:
+        _of_the_call.reset(call)
         lift(token)
+
+
+@contextmanager
+def allowed(allowance: Allowance) -> Generator[None]:
+    """*allowance* holds for all that is done in the block, and in tasks that begin in it."""
+    token = _of_the_call.set(allowance)
+    try:
+        yield
+    finally:
+        _of_the_call.reset(token)
 
 
 # What was cut off -----------------------------------------------------------------------------------------

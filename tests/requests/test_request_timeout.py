@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.websockets import WebSocket  # FastAPI reads it at run time
 from websockets.exceptions import InvalidStatus
 
-from stanch import ConfigError
-from stanch.fastapi import ReaderDep, SessionDep, UnitMiddleware, install, provide_session, unit
+from stanch import ConfigError, Database
+from stanch.fastapi import DatabaseDep, ReaderDep, SessionDep, UnitMiddleware, install, provide_session, unit
 from tests.requests.shop import Shop, write_order
 from tests.requests.test_websockets import dialled
 
@@ -228,3 +228,41 @@ async def test_a_second_install_cannot_say_otherwise(bare_shop: Shop) -> None:
     ):
         install(bare_shop.app, billing, request_timeout=3)
     install(bare_shop.app, billing)
+
+
+@pytest.mark.parametrize("way", ["transaction", "session", "reader", "run_transaction", "gather"])
+async def test_it_holds_for_the_units_that_a_handler_opens_by_itself(bare_shop: Shop, way: str) -> None:
+    install(bare_shop.app, bare_shop.db, request_timeout=BRIEF)
+
+    async def wait(session: AsyncSession) -> None:
+        await session.execute(text("SELECT pg_sleep(20)"))
+
+    @bare_shop.app.post("/")
+    async def late(db: DatabaseDep) -> None:
+        if way == "run_transaction":
+            await db.run_transaction(wait)
+        elif way == "gather":
+            await db.gather(wait, wait)
+        else:
+            async with getattr(db, way)() as session:
+                await wait(session)
+
+    async with asyncio.timeout(10):
+        assert (await bare_shop.post("/")).status_code == 504
+    assert bare_shop.db.stats().in_use == 0
+
+
+async def test_it_does_not_hold_for_what_a_background_task_opens(bare_shop: Shop) -> None:
+    install(bare_shop.app, bare_shop.db, request_timeout=BRIEF)
+
+    async def write_later(db: Database[AsyncSession]) -> None:
+        async with db.transaction() as session:
+            await session.execute(text(f"SELECT pg_sleep({1.5 * BRIEF})"))
+            await write_order(session, 1)
+
+    @bare_shop.app.post("/")
+    async def answer(db: DatabaseDep, later: BackgroundTasks) -> None:
+        later.add_task(write_later, db)
+
+    assert (await bare_shop.post("/")).status_code == 200
+    assert await bare_shop.orders() == [1]
