@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 from stanch.errors import CommitUnknown, DatabaseClosed
 from stanch.settings.kinds import Complaint, Seconds, Switch, Whole, complain, judged
 from stanch.sqlstate import IDLE_IN_TRANSACTION_TIMEOUT, TRANSACTION_TIMEOUT, classify
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from stanch.settings.kinds import Kind
@@ -29,8 +30,7 @@ _WORK_TOO_SLOW: Final = frozenset({IDLE_IN_TRANSACTION_TIMEOUT, TRANSACTION_TIME
 """The server has ended the connection because of the work itself, which would be as slow the next time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Value):
     """Which attempt at the same work this is; *maybe_committed*: an earlier one may have stored something."""
 
     number: int = 1

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from stanch.deadlines import in_force, whose, within
 from stanch.errors import CommitRefused, DatabaseUnavailable
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -111,8 +112,7 @@ class Driver(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Value):
     """One server to try, and its name for the operator; a name holds host and port, nothing else."""
 
     where: str
