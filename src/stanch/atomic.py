@@ -11,8 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from stanch.callers import place_of_caller
 from stanch.completion import run_to_completion
 from stanch.errors import SavepointGone, UnitConflict, UnsavedWrites, WriteRefused
+from stanch.guards import Owner
 from stanch.hooks import Hook, Outcome
-from stanch.sessions import Owner, guard_of, guarded_session
+from stanch.sessions import guard_of, guarded_session
 from stanch.transactions import Ending
 
 if TYPE_CHECKING:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from stanch.events import Event
+    from stanch.guards import Guard
     from stanch.ledger import Checkout, Stats
-    from stanch.sessions import Guard
     from stanch.transactions import IsolationLevel
 
 S = TypeVar("S", bound=AsyncSession)

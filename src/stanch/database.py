@@ -31,11 +31,12 @@ from stanch.engines import beside_engine, from_engine, from_url
 from stanch.errors import ConfigError
 from stanch.events import Event, Observer, Observers, WorkDropped
 from stanch.gather import Gathering
+from stanch.guards import Guard, Owner
 from stanch.hooks import Runner
 from stanch.lifetime import Lifetime
 from stanch.readiness import until_it_answers
 from stanch.retry import Retry
-from stanch.sessions import Guard, Owner, Terms, guard_of, guarded, guarded_session, refuse_changes
+from stanch.sessions import Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 

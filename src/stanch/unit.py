@@ -10,7 +10,8 @@ from stanch.completion import run_to_completion
 from stanch.deadlines import earlier
 from stanch.errors import ConfigError, NotInstalled, PartialCommit, UnitConflict, UnsavedWrites
 from stanch.events import WorkDropped
-from stanch.sessions import Owner, guarded_session, refuse_changes
+from stanch.guards import Owner
+from stanch.sessions import guarded_session, refuse_changes
 from stanch.transactions import ISOLATION_LEVELS, Ending, IsolationLevel, connection_options
 
 if TYPE_CHECKING:
