@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from stanch import Database
 from stanch.embedded import EmbeddedPostgres
@@ -162,6 +162,24 @@ async def test_a_connection_that_fell_silent_while_idle_is_replaced_without_an_e
         assert not before & await warm(db, 2)
         await assert_nothing_left(rows, db)
     assert await rows.fetchval("SELECT count(*) FROM rows") == 1
+
+
+async def test_a_caller_who_has_no_time_for_the_ping_costs_the_others_nothing(
+    rows: FreshDatabase, driver: str
+) -> None:
+    async with proxied(rows, driver, ping_after=0.05) as (proxy, db):
+        before = await warm(db, 2)
+        await idle_for(0.1)
+        proxy.forget()
+        proxy.on_client_message = lambda _kind, _payload: (
+            Verdict.FORWARD if proxy.verdicts[Verdict.LOSE] else Verdict.LOSE
+        )
+        with pytest.raises(SQLAlchemyError):
+            async with db.transaction(timeout=0.1) as session:
+                await session.execute(text("SELECT 1"))
+        assert proxy.verdicts[Verdict.LOSE] == 1
+        assert len(before & await warm(db, 2)) == 1, "only the one that was asked is gone"
+        await assert_nothing_left(rows, db)
 
 
 async def test_a_connection_that_was_reset_while_idle_is_replaced_without_an_error(

@@ -410,8 +410,12 @@ class Pool(SQLAlchemyPool):
         with suppress(Exception):  # whatever it is: a connection that cannot be asked is replaced
             if cast("Dialect", self._dialect).do_ping(slot.dbapi_connection):
                 return True
-        # What silenced this one has silenced the others, and each would cost its holder a timeout.
-        self._retire(slot)
+        deadline = in_force()
+        if (
+            deadline is None or not deadline.has_passed
+        ):  # else it was the caller who had no time left for the answer
+            # What silenced this one has silenced the others, and each would cost its holder a timeout.
+            self._retire(slot)
         return False
 
     def _retire(self, slot: Slot | None) -> None:
