@@ -156,7 +156,7 @@ async def test_what_a_reader_changed_is_stored_once_there_is_a_writer(each_shop:
         user: User = Depends(renamed),  # noqa: B008  # a local dependency has no name to FastAPI
     ) -> str:
         assert user in session.dirty
-        return str(await session.scalar(text("SELECT name FROM users WHERE id = 1")))  # flushes before
+        return str(await session.scalar(select(User.name).where(User.id == 1)))  # flushes before
 
     await shop.judge.execute(STOCK)
     assert (await shop.post("/rename")).json() == "ada lovelace"
