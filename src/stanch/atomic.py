@@ -79,18 +79,10 @@ async def _commits(session: AsyncSession, place: Owner) -> AsyncGenerator[None]:
         except BaseException:
             await run_to_completion(ending.roll_back())
             raise
-        await run_to_completion(_end(ending, commit=not guard.rollback_only))
+        await run_to_completion(ending.end(commit=not guard.rollback_only))
     finally:
         guard.rollback_only = False  # the mark was for what has ended now
         guard.owners.remove(place)
-
-
-async def _end(ending: Ending, *, commit: bool) -> None:
-    try:
-        if commit:
-            await ending.commit()
-    finally:
-        await ending.roll_back()  # nothing is left to do after a COMMIT that succeeded
 
 
 @asynccontextmanager

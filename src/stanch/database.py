@@ -246,10 +246,7 @@ class Database(Gathering[S], Generic[S]):
         After the block the session is closed for good: using it raises ``SessionClosed``. *timeout* is as for
         ``transaction()``.
         """
-        deadline = earlier(Deadline.given(timeout, "session(timeout=)"), in_force())
-        session = self.new_session(str(place_of_caller()))
-        ending = Ending(session)
-        ending.keep_to(deadline)
+        session, ending = self._opened("session", timeout)
         try:
             yield session
         except BaseException:
@@ -266,11 +263,8 @@ class Database(Gathering[S], Generic[S]):
         could write (a flush, DML, locking, functions of known names), and at the end of the block if objects were
         changed. Not seen is what a function of yours writes inside. *timeout* is as for ``transaction()``.
         """
-        deadline = earlier(Deadline.given(timeout, "reader(timeout=)"), in_force())
-        session = self.new_session(str(place_of_caller()))
+        session, ending = self._opened("reader", timeout)
         guarded_session(session).start_reading()
-        ending = Ending(session)
-        ending.keep_to(deadline)
         try:
             yield session
             refuse_changes(session)
@@ -300,19 +294,16 @@ class Database(Gathering[S], Generic[S]):
         ``CommitUnknown`` at COMMIT); later uses of the session raise ``DeadlinePassed`` at once. Code in the
         block that waits for something else is not interrupted.
         """
-        deadline = earlier(Deadline.given(timeout, "transaction(timeout=)"), in_force())
         options = connection_options(self.driver, isolation_level=isolation_level, read_only=read_only)
-        holder = str(place_of_caller())
-        session = self.new_session(holder, options)
-        guard_of(session).owners.append(Owner(f"db.transaction() at {holder}"))
-        ending = Ending(session)
-        ending.keep_to(deadline)
+        session, ending = self._opened("transaction", timeout, options)
+        guard = guard_of(session)
+        guard.owners.append(Owner(f"db.transaction() at {guard.holder}"))
         try:
             yield session
         except BaseException:
             await finish(ending, commit=False)
             raise
-        await finish(ending, commit=not guard_of(session).rollback_only)
+        await finish(ending, commit=not guard.rollback_only)
 
     async def run_transaction(
         self,
@@ -360,6 +351,16 @@ class Database(Gathering[S], Generic[S]):
         return session
 
     # Private --------------------------------------------------------------------------------------------
+
+    def _opened(
+        self, what: str, timeout: float | None, options: Mapping[str, Any] | None = None
+    ) -> tuple[S, Ending]:
+        """A session of the calling line, within *timeout* and whatever deadline is in force, and what must end it."""
+        deadline = earlier(Deadline.given(timeout, f"{what}(timeout=)"), in_force())
+        session = self.new_session(str(place_of_caller()), options)
+        ending = Ending(session)
+        ending.keep_to(deadline)
+        return session, ending
 
     @cached_property
     def _terms(self) -> Terms:

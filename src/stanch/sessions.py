@@ -309,10 +309,9 @@ class GuardedSession(Session):
     def vouch_for_reading(self) -> None:
         """Before COMMIT: say where the server itself has refused every write, so that nothing need be asked of it."""
         options, terms = self.guard.connection_options, self.terms
-        transaction = self.get_transaction()
-        if transaction is None or not terms.driver.read_only_options.items() <= options.items():
+        if not terms.driver.read_only_options.items() <= options.items():
             return
-        for connection, *_ in transaction._connections.values():
+        for connection in self._connections():
             level = options.get("isolation_level") or connection.default_isolation_level
             if level != "SERIALIZABLE":  # there what was read counts only once COMMIT has succeeded
                 connection.info[CLEAN_KEY] = True

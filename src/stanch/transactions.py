@@ -130,6 +130,14 @@ class Ending:
         """ROLLBACK; what was only read keeps its state. A failure is told, not raised: nothing is stored anyway."""
         await self._quietly(self._roll_back)
 
+    async def end(self, *, commit: bool) -> None:
+        """Commit or roll back; raises only what made the commit fail."""
+        try:
+            if commit:
+                await self.commit()
+        finally:
+            await self.roll_back()  # nothing is left to do after a COMMIT that succeeded
+
     async def close(self) -> None:
         """Close the session for good. A failure is told, not raised: the outcome was decided before."""
         try:
@@ -211,10 +219,8 @@ async def finish(ending: Ending, *, commit: bool) -> None:
 
     async def go() -> None:
         try:
-            if commit:
-                await ending.commit()
+            await ending.end(commit=commit)
         finally:
-            await ending.roll_back()  # nothing is left to do after a COMMIT that succeeded
             await ending.close()
 
     await run_to_completion(go())
