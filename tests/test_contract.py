@@ -346,6 +346,14 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     asyncpg: Any = import_module("asyncpg")
     assert parameters(asyncpg.Connection._cancel_current_command)[:2] == ["self", "waiter"]
     assert {"_transport", "_protocol", "_top_xact"} <= set(asyncpg.Connection.__slots__)
+    connect = import_module("asyncpg.connect_utils")
+    import_module("stanch.drivers.asyncpg")
+    asks = inspect.getsource(connect._create_ssl_connection)
+    assert "TLSUpgradeProto(" in asks
+    assert "await pr.on_data" in asks
+    theirs = connect.TLSUpgradeProto.__base__
+    assert theirs.__module__ == connect.__name__, "ours is put in the place of theirs"
+    assert "self.on_data.set_exception(exc)" in inspect.getsource(theirs.connection_lost)
     transaction = inspect.getsource(import_module("asyncpg.transaction"))
     assert "COMMIT;" in transaction
     assert "con._top_xact = self" in transaction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import socket
 import sqlite3
@@ -28,6 +29,7 @@ from stanch.settings import Settings, judge_url
 from tests.support.judge import until
 from tests.support.optional import needs
 from tests.support.pgbouncer import PgBouncer
+from tests.support.suspensions import cancelled_at, suspensions
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -350,6 +352,40 @@ async def test_a_connect_that_is_cancelled_leaves_nothing_behind(driver: str) ->
                 await connecting
             assert await deaf.everybody_left() == 1
             assert held.value is not None
+
+
+@asynccontextmanager
+async def nothing_told_by_the_loop() -> AsyncGenerator[None]:
+    """The event loop has nothing to log: a future whose failure nobody looked at, a callback that raised."""
+    loop = asyncio.get_running_loop()
+    told: list[dict[str, Any]] = []
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: told.append(context))
+    try:
+        yield
+        for _ in range(3):  # the end of a socket is told in a later turn
+            await asyncio.sleep(0)
+        gc.collect()
+    finally:
+        loop.set_exception_handler(before)
+    assert told == []
+
+
+@pytest.mark.parametrize("sslmode", ["prefer", "disable"])
+async def test_a_connect_that_is_cancelled_at_any_point_leaves_no_failure_that_nobody_looks_at(
+    fresh_database: FreshDatabase, driver: str, sslmode: str
+) -> None:
+    async def connect() -> None:
+        async with opened(fresh_database.url(driver) + f"?sslmode={sslmode}"):
+            pass
+
+    points = await suspensions(connect())
+    async with nothing_told_by_the_loop():
+        for point in range(1, points + 1):
+            error, _ = await cancelled_at(connect(), {point})
+            assert error is None or isinstance(error, asyncio.CancelledError), (
+                f"at {point} of {points}: {error!r}"
+            )
 
 
 async def test_a_connect_that_fails_says_where_and_tells_no_secret(driver: str) -> None:
@@ -695,6 +731,23 @@ async def test_severing_does_not_wait_for_a_frozen_server(postgres: EmbeddedPost
                 assert asyncio.get_running_loop().time() - started < 1
             finally:
                 server.thaw()
+
+
+async def test_severing_while_a_statement_is_being_cancelled_leaves_no_failure_that_nobody_looks_at(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """The request to cancel goes over a connection of its own, and is cut off at any point of its opening."""
+    async with nothing_told_by_the_loop():
+        for turns in range(12):
+            async with opened(fresh_database.url(driver)) as (connection, judge):
+                working = asyncio.create_task(connection.execute("SELECT pg_sleep(30)"))
+                await until(fresh_database, "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'")
+                working.cancel()
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                judge.sever(connection)
+                await asyncio.wait((working,))
+                assert working.cancelled() or working.exception() is not None
 
 
 @pytest.mark.parametrize("state", ["idle", "in transaction", "aborted", "severed", "closed"])

@@ -182,10 +182,8 @@ async def test_cancelled_waiters_give_their_places_back(
 ) -> None:
     chance = random.Random(seed)
     done = wrong = 0
-    # Cancelled while it asks for TLS, asyncpg itself leaves a future behind that nobody looks at.
-    url = fresh_database.url(driver) + "?sslmode=disable"
 
-    async with Database(url, pool_size=2, max_overflow=0, pool_timeout=20) as db:
+    async with Database(fresh_database.url(driver), pool_size=2, max_overflow=0, pool_timeout=20) as db:
         begun = time.monotonic()
         await db.engine.dispose()
         await pid_of(db)

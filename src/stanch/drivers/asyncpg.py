@@ -2,8 +2,9 @@
 
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
-``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`), and
-``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
+``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`),
+``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), and ``Connection._transport``, of
+asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
 """
 
 from __future__ import annotations
@@ -52,6 +53,25 @@ _HANGUP: Final[int | None] = getattr(select, "POLLRDHUP", None)
 _PARAMETERS: Final = frozenset(inspect.signature(_asyncpg.connect).parameters)
 _SQLALCHEMYS: Final = frozenset({"prepared_statement_cache_size", "prepared_statement_name_func"})
 OWN: Final = {name: kind for name, kind in ASYNCPG.items() if name in _PARAMETERS | _SQLALCHEMYS}
+
+
+class _TLSQuestion(_asyncpg.connect_utils.TLSUpgradeProto):  # type: ignore[misc]  # a class of asyncpg is of type Any
+    """The question whether the server speaks TLS, whose failure is looked at also when nobody waits for the answer.
+
+    asyncpg asks it for each connect and each CancelRequest. Cancelled in the one turn of the loop when TCP is
+    connected and the answer not yet awaited, it leaves a future behind, and asyncio logs "Future exception was never
+    retrieved" (asyncpg 0.30 to 0.32). Nothing can be handed in from outside, so its class is exchanged.
+    """
+
+    on_data: asyncio.Future[bool]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        _any(super()).connection_lost(exc)
+        if not self.on_data.cancelled():
+            self.on_data.exception()  # whoever does wait is given it all the same
+
+
+_asyncpg.connect_utils.TLSUpgradeProto = _TLSQuestion
 
 
 class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncpg is of type Any
