@@ -33,6 +33,8 @@ forgetful_driver = cleaned.forgetful_driver
 
 WRITE = text("INSERT INTO pairs VALUES (:id, :half)")
 NONCE = text("SELECT CAST(:nonce AS int)")
+PING_AFTER = 0.001
+IDLE_FOR_LONG = 2 * PING_AFTER
 SERIES = text("SELECT n FROM generate_series(1, 5) n")
 
 
@@ -62,17 +64,17 @@ class Units:
 
     def __init__(self, judged: FreshDatabase, driver: str, shape: str = "plain") -> None:
         self.judged = judged
-        # TLS is not asked for: cancelled while it asks, asyncpg leaves a future behind that nobody looks at
-        self.url = judged.url(driver) + "?sslmode=disable"
+        self.url = judged.url(driver)  # TLS is asked for: there are so many points more
         self.work = getattr(self, shape)
-        self.ping_after = 0.001 if shape == "pinged" else 30.0
+        self.pinged_first = shape == "pinged"
         self.number = 0
         self.outcomes: dict[int, str] = {}
         self.counts = Counter[str]()
         self.db = self.open()
 
     def open(self) -> Database[Any]:
-        self.db = Database(self.url, pool_size=2, max_overflow=0, pool_timeout=5, ping_after=self.ping_after)
+        ping_after = PING_AFTER if self.pinged_first else 30.0
+        self.db = Database(self.url, pool_size=2, max_overflow=0, pool_timeout=5, ping_after=ping_after)
         self.app = FastAPI()
         install(self.app, self.db)
         self.app.post("/{number}", status_code=201)(endpoint)
@@ -89,7 +91,7 @@ class Units:
         return "done"
 
     pinged = plain
-    """Each checkout makes a round trip first."""
+    """A checkout after ``rest()`` makes a round trip first."""
 
     async def raising(self, number: int) -> str:
         try:
@@ -162,13 +164,19 @@ class Units:
         self.number += 1
         return self.unit(self.number)
 
+    async def rest(self) -> None:
+        """Until every connection has been idle for long enough to be pinged, where that is the shape."""
+        if self.pinged_first:
+            await asyncio.sleep(IDLE_FOR_LONG)
+
     async def look(self) -> None:
-        """After each cut: nothing out, and a canary gets its own answer over every connection."""
+        """After each cut: nothing out, and a canary gets its own answer over every connection, which then rests."""
         stats = self.db.stats()
         assert (stats.in_use, stats.waiting) == (0, 0)
         async with self.db.connect() as one, self.db.connect() as two:
             for connection, nonce in ((one, self.number), (two, -self.number)):
                 assert await connection.scalar(NONCE, {"nonce": nonce}) == nonce
+        await self.rest()
 
     async def judge(self) -> None:
         """At the end, from the database: no half pair, what ended well is there, what raised is not."""
@@ -196,7 +204,19 @@ async def units(request: pytest.FixtureRequest, pairs: FreshDatabase, driver: st
 async def once_warm(units: Units) -> int:
     """How often a unit on a warm pool suspends its task."""
     await units.next()
+    await units.rest()
     return await suspensions(units.next())
+
+
+async def test_the_ping_of_a_checkout_can_be_cut(pairs: FreshDatabase, driver: str) -> None:
+    """It is among the points of a unit that is pinged."""
+    points: dict[str, int] = {}
+    for shape in ("plain", "pinged"):
+        units = Units(pairs, driver, shape)
+        points[shape] = await once_warm(units)
+        await units.db.close()
+        await pairs.execute("TRUNCATE pairs")
+    assert points["pinged"] > points["plain"]
 
 
 async def test_cancel_at_every_point_of_a_warm_unit(units: Units) -> None:
@@ -264,6 +284,7 @@ async def test_anyio_scope_cancelled_at_every_point(units: Units, cold: bool) ->
     if cold:
         await units.db.close()
         units.open()
+    await units.rest()
     points = await suspensions(units.next())
     caught = 0
     for point in range(1, points + 1):
