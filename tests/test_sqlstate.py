@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -173,7 +172,7 @@ async def test_failure_means_the_same_on_both_drivers(db: Database[Any], case: s
 async def test_lost_connection_is_unavailable_and_worth_a_retry(db: Database[Any], provoke: Provoke) -> None:
     """Told by asyncpg without a SQLSTATE, psycopg with the one the server sent last."""
     failure = await failure_of(provoke(db))
-    assert replace(failure, sqlstate=None) == Failure(Kind.UNAVAILABLE, retryable=True, disconnect=True)
+    assert failure.replaced(sqlstate=None) == Failure(Kind.UNAVAILABLE, retryable=True, disconnect=True)
 
 
 async def test_raw_error_of_the_driver_is_classified_too(db: Database[Any]) -> None:

@@ -7,7 +7,6 @@ import functools
 import inspect
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -70,16 +69,16 @@ class Host(Protocol[S_co]):
     def tell(self, event: Event) -> None: ...  # noqa: D102  # likewise
 
 
-@dataclass(frozen=True, slots=True)
 class Attempts(Generic[S]):
     """A way to do work: each attempt is the whole function, in a session and transaction of its own."""
 
-    host: Host[S]
-    retry: Retry
-    isolation_level: IsolationLevel | None = None
+    __slots__ = ("host", "isolation_level", "retry")
 
-    def __post_init__(self) -> None:
-        judge_isolation_level(self.isolation_level)
+    def __init__(self, host: Host[S], retry: Retry, isolation_level: IsolationLevel | None = None) -> None:
+        judge_isolation_level(isolation_level)
+        self.host = host
+        self.retry = retry
+        self.isolation_level: IsolationLevel | None = isolation_level
 
     async def at(self, work: Callable[[S, *Ts], Awaitable[T]], *args: *Ts) -> T:
         """What *work* returns in the first attempt whose transaction commits.

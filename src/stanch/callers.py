@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from greenlet import getcurrent  # type: ignore[import-untyped]  # its stubs are a package of their own
 
@@ -26,8 +25,7 @@ _LIBRARIES: Final = (
 """Where code lives that the user did not write."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A line of code: what a complaint points at.
 
     >>> print(Place("orders.py", 12, "place_order"))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from stanch.errors import DeadlinePassed
@@ -29,8 +28,7 @@ GRACE: Final = 0.25
 """Seconds that tidying up gets although the deadline has passed: a ROLLBACK to a living server takes one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(NamedTuple):
     """A moment, *at* (monotonic seconds), that *timeout* seconds were given to reach; *source* says by whom.
 
     >>> Deadline(at=0.0, timeout=2.0, source="transaction(timeout=2.0)").remaining()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -32,17 +31,25 @@ class Outcome(Enum):
     UNKNOWN = "unknown"  # the connection was lost during COMMIT: neither kind of callback would be true
 
 
-@dataclass(frozen=True, slots=True)
 class Hook:
     """One callback with its arguments, and the line of user code that gave it.
 
     No ``repr`` of the arguments: they may be row content.
     """
 
-    call: Callable[..., object]
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    place: Place
+    __slots__ = ("arguments", "call", "keywords", "place")
+
+    def __init__(
+        self,
+        call: Callable[..., object],
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        place: Place,
+    ) -> None:
+        self.call = call
+        self.arguments = arguments
+        self.keywords = keywords
+        self.place = place
 
     @property
     def name(self) -> str:

@@ -14,10 +14,10 @@ for long, and the others had better wait in the queue, which is fair and bounded
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from stanch.callers import whereabouts
+from stanch.values import Value
 
 if TYPE_CHECKING:
     import asyncio
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 Slot = TypeVar("Slot")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkout:
+class Checkout(NamedTuple):
     """One connection now out: which task took it, and when (monotonic seconds)."""
 
     task: asyncio.Task[object] | None
@@ -39,8 +38,7 @@ class Checkout:
         return whereabouts(self.task)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
+class Stats(Value, kw_only=True):
     """The counts of one moment. ``in_use + idle`` never exceeds ``pool_size + max_overflow``.
 
     >>> Stats(pool_size=5, max_overflow=2, in_use=1, idle=3, waiting=0).size
@@ -54,8 +52,10 @@ class Stats:
     waiting: int
     adopted: bool = True
     """False where the engine keeps a pool of its own: who waits and who holds is then not known."""
-    readers: Stats | None = field(default=None, repr=False)
+    readers: Stats | None = None
     """What of all this is the readers', where they have connections of their own (``reader_pool_size``)."""
+
+    _unshown = frozenset({"readers"})
 
     @property
     def size(self) -> int:
@@ -95,13 +95,15 @@ class Stats:
         )
 
 
-@dataclass(eq=False, slots=True)
 class Waiter(Generic[Slot]):
     """A place in the queue. *wake* is called once, after *slot* has been handed over."""
 
-    task: asyncio.Task[object] | None
-    wake: Callable[[], None]
-    slot: Slot | None = field(default=None)
+    __slots__ = ("slot", "task", "wake")
+
+    def __init__(self, task: asyncio.Task[object] | None, wake: Callable[[], None]) -> None:
+        self.task = task
+        self.wake = wake
+        self.slot: Slot | None = None
 
 
 class Ledger(Generic[Slot]):

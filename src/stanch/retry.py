@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from typing_extensions import override
 
 from stanch.errors import CommitUnknown, DatabaseClosed
 from stanch.settings.kinds import Complaint, Seconds, Switch, Whole, complain, judged
@@ -42,8 +43,7 @@ class Attempt(Value):
         return Attempt(self.number + 1, self.maybe_committed or committed or unknown)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
+class Retry(Value, kw_only=True):
     """How often the same work may be attempted, and how long to wait in between.
 
     *attempts* counts the first one: 1 never repeats. *timeout* is in seconds, for all attempts and the pauses
@@ -63,6 +63,7 @@ class Retry:
     cap: float = 2.0
     idempotent: bool = False
 
+    @override
     def __post_init__(self) -> None:
         complaints: list[Complaint] = []
         for name, kind in _KINDS.items():

@@ -7,13 +7,13 @@ refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from sqlalchemy import exc
 
 from stanch import errors
+from stanch.values import Value
 
 
 class Kind(Enum):
@@ -30,8 +30,7 @@ class Kind(Enum):
     PROGRAMMING = "programming"  # nothing a client or a retry could mend
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Value):
     """A database failure, told the same for every driver.
 
     *retryable*: the whole unit of work may be run again. *disconnect*: the connection is of no more use.

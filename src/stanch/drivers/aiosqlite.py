@@ -14,7 +14,7 @@ import asyncio
 import re
 import sqlite3
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, cast
 
@@ -256,7 +256,7 @@ class AiosqliteDriver(Driver):
         complain(complaints)
         if _in_memory(url):
             # A further connection would be another database, and closing the one there is would be its end.
-            settings = replace(settings, pool_size=1, max_overflow=0, pool_recycle=-1)
+            settings = settings.replaced(pool_size=1, max_overflow=0, pool_recycle=-1)
         connect_args["async_creator_fn"] = _opener(settings, connect_args.get("async_creator_fn"))
         options = engine_options_of(settings)
         if options.get("isolation_level") == "SERIALIZABLE":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from traceback import clear_frames
 from types import new_class
@@ -39,8 +38,7 @@ CANCEL_INTERVAL: Final = 0.1
 """Seconds between two CancelRequests for one statement: the first may have come before it had begun."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Plan:
+class Plan(Value):
     """How to make the engine: for ``create_async_engine(url, connect_args=…, **engine_options)``.
 
     *url* holds no parameter that might be a secret, so that the engine's ``repr`` may be shown; its driver is
@@ -52,6 +50,8 @@ class Plan:
     connect_args: dict[str, Any]
     engine_options: dict[str, Any]
     settings: Settings
+
+    __repr__ = object.__repr__
 
 
 class Driver(Protocol):

@@ -7,11 +7,11 @@ settings, `judge_url` the one judge of URLs; both raise `stanch.errors.ConfigErr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from sqlalchemy.pool import NullPool, StaticPool
+from typing_extensions import override
 
 from stanch.settings.kinds import (
     MONTH,
@@ -33,6 +33,7 @@ from stanch.settings.kinds import (
     shown,
 )
 from stanch.settings.url import judge_url
+from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,8 +47,7 @@ IsolationLevel = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Value, kw_only=True):
     """What was chosen, and a default with a reason for all the rest. An instance is always in order.
 
     Every length of time is in seconds; every limit is finite. Names are those of SQLAlchemy
@@ -163,12 +163,15 @@ class Settings:
     idle_in_transaction_session_timeout: float | None = 60.0
 
     pooler: Literal["pgbouncer"] | None = None
-    engine_options: Mapping[str, object] = field(default_factory=dict[str, object], hash=False, repr=False)
-    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    engine_options: Mapping[str, object] = MappingProxyType({})
+    given: frozenset[str] = frozenset()
     """The names that somebody chose; the rest is default and gives way to the URL, the pooler, SQLite."""
 
+    _unshown = frozenset({"engine_options", "given"})
+
+    @override
     def __post_init__(self) -> None:
-        chosen = {name for name in KINDS if getattr(self, name) != _DEFAULTS[name]} | self.given
+        chosen = {name for name in KINDS if getattr(self, name) != self._defaults[name]} | self.given
         complaints: list[Complaint] = []
         for name, kind in KINDS.items():
             self._put(name, judged(name, kind, getattr(self, name), complaints))
@@ -193,8 +196,7 @@ class Settings:
         """These for the ``reader_pool_size`` connections of readers, which the server keeps from writing."""
         connect_args = dict(cast("Mapping[str, Any]", self.engine_options.get("connect_args", {})))
         connect_args["server_settings"] = {**connect_args.get("server_settings", {}), **_READ_ONLY}
-        return replace(
-            self,
+        return self.replaced(
             pool_size=self.reader_pool_size or self.pool_size,
             max_overflow=0,
             reader_pool_size=None,
@@ -275,8 +277,13 @@ class Settings:
         complain(complaints)
         return environ["DATABASE_URL"], given
 
+    @override
+    def _facts(self) -> tuple[Any, ...]:
+        # Whoever writes a default out has chosen the same as who leaves it out.
+        return tuple(getattr(self, name) for name in self._fields if name != "given")
+
     def _put(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+        self.__dict__[name] = value
 
     def _yield_defaults(self) -> None:
         """Take back the defaults that what was chosen leaves no room for; what was chosen stays."""
@@ -367,8 +374,6 @@ KINDS: Final[Mapping[str, Kind]] = {
     "pooler": Choice(("pgbouncer",), '"pgbouncer"', optional=True),
 }
 """What each setting may be."""
-
-_DEFAULTS: Final = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
 
 ENGINE_OPTIONS: Final[Mapping[str, Kind]] = {
     "connect_args": Instance((dict,), "a dict", '{"sslmode": "require"}'),

@@ -6,7 +6,6 @@ No complaint ever repeats a text it was given: it might be a password.
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, Pool, QueuePool, StaticPool
@@ -156,8 +155,7 @@ class Choice(Kind, Value):
     def _word(self, text: str) -> str:
         plain = {_plain(word): word for word in self.words}
         if _plain(text) not in plain:
-            close = get_close_matches(_plain(text), plain, 1)
-            raise ValueError(*(f"did you mean {plain[match]!r}?" for match in close))
+            raise ValueError(*(f"did you mean {plain[match]!r}?" for match in _closest(_plain(text), plain)))
         return plain[_plain(text)]
 
 
@@ -315,13 +313,19 @@ def meant(name: str, known: Iterable[str]) -> str:
     >>> meant("pool_sise", ["pool_size", "echo"])
     ' (did you mean pool_size?)'
     """
-    close = get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return "".join(f" (did you mean {match}?)" for match in _closest(name, known))
 
 
 def named(name: object) -> str:
     """A name as an error may show it: only if it looks like one, for it may be half a password."""
     return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]{0,62}", name) else "a name"
+
+
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    """The one of *known* that *name* is most like, or none."""
+    from difflib import get_close_matches  # noqa: PLC0415  # only a mistake has need of it
+
+    return get_close_matches(name, list(known), 1)
 
 
 def _known(text: str, words: Mapping[str, object]) -> str:
