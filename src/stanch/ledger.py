@@ -17,21 +17,45 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stanch.callers import whereabouts
+from stanch.callers import NOWHERE, whereabouts
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
+    from stanch.accounts import Account
+    from stanch.callers import Place
+
 Slot = TypeVar("Slot")
 
 
-@dataclass(frozen=True, slots=True)
 class Checkout:
-    """One connection now out: which task took it, and when (monotonic seconds)."""
+    """One connection now out: who took it, when and where, and how much of that time ran SQL.
 
-    task: asyncio.Task[object] | None
-    since: float
+    Moments are monotonic, lengths of time in seconds. The pool opens it, the statements of the connection write
+    into it, and it is final once the connection is back.
+    """
+
+    __slots__ = ("account", "place", "running_since", "since", "sql_time", "statements", "task")
+
+    def __init__(
+        self,
+        task: asyncio.Task[object] | None,
+        since: float,
+        account: Account | None = None,
+        place: Place = NOWHERE,
+    ) -> None:
+        self.task = task
+        self.since = since
+        self.account = account
+        """The unit of work that asked for it, or None outside any."""
+        self.place = place
+        """The nearest line of user code, where that is kept."""
+        self.statements = 0
+        self.sql_time = 0.0
+        """Of statements that have ended; see ``running_since``."""
+        self.running_since: float | None = None
+        """Since when a statement has been running."""
 
     @property
     def holder(self) -> str:

@@ -51,6 +51,11 @@ class Value:
                 raise TypeError(f"{type(self).__name__}() lacks {name}")
         self.__dict__.update({**self._defaults, **given})
 
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """The names of the fields, in order."""
+        return cls._fields
+
     def __setattr__(self, name: str, value: object) -> Never:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 

@@ -1,0 +1,49 @@
+"""What one unit of work has asked of its database so far: whose it is, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from stanch.callers import Place
+
+
+class Account:
+    """The running costs of one unit of work. Lengths of time are in seconds; moments are monotonic.
+
+    Whoever opens the unit opens the account; the pool, the statements and the session's end write into it.
+    """
+
+    __slots__ = (
+        "held",
+        "holder",
+        "opened_at",
+        "place",
+        "rolled_back",
+        "shapes",
+        "sql_time",
+        "statements",
+        "waited",
+    )
+
+    def __init__(self, holder: str, place: Place | None = None) -> None:
+        self.holder = holder
+        """The route (its template), or the line that opened the unit."""
+        self.place = place
+        """The line of user code that opened it, where that is known."""
+        self.opened_at = time.monotonic()
+        self.statements = 0
+        self.sql_time = 0.0
+        self.waited = 0.0
+        """For a connection, all waits together."""
+        self.held = 0.0
+        """With a connection out, all checkouts together that have ended."""
+        self.rolled_back = False
+        self.shapes: dict[str, int] | None = None
+        """How often each shape of statement was executed; kept only where somebody measures."""
+
+
+paying: Final[ContextVar[Account | None]] = ContextVar("stanch account", default=None)
+"""On whose account the pool is asked for a connection now; set by the session around each checkout."""
