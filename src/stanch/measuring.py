@@ -289,7 +289,7 @@ class Measuring(Meter):
     # Reading --------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """All numbers of this moment. Costs some ten microseconds for each route and statement; for people, not for requests."""
+        """All numbers of this moment; for people and scrapers, not for the hot path."""
         return Snapshot(
             database=self._database,
             pid=os.getpid(),

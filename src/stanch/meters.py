@@ -50,7 +50,7 @@ class Meter:
         place: Callable[[], Place],
         error: BaseException | None,
     ) -> None:
-        """*statement* (its text, which may hold literals; no parameters) has ended. *place* finds the line, if asked."""
+        """*statement* (its text, with its literals) has ended. *place* finds the line, if asked."""
 
     def began(self, account: Account) -> None:
         """A unit of work was opened."""
