@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import (
@@ -34,6 +35,7 @@ from stanch.gather import Gathering
 from stanch.guards import Guard, Owner
 from stanch.hooks import Runner
 from stanch.lifetime import Lifetime
+from stanch.meters import Instruments, Meter
 from stanch.readiness import until_it_answers
 from stanch.retry import Retry
 from stanch.sessions import Terms, guard_of, guarded, guarded_session, refuse_changes
@@ -41,13 +43,15 @@ from stanch.settings import Settings, judge_url
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from sqlalchemy import URL
 
+    from stanch.callers import Place
     from stanch.drivers import Driver
     from stanch.engines import Equipped
     from stanch.ledger import Checkout, Stats
+    from stanch.measuring import Holding, Measuring
     from stanch.settings.options import Options
 
 S = TypeVar("S", bound=AsyncSession)
@@ -107,12 +111,22 @@ class Database(Gathering[S], Generic[S]):
     ) -> None:
         self.name = name
         self._observers = Observers()
+        self._instruments = Instruments()
+        self._measuring: Measuring | None = None
         self._lifetime = Lifetime(name)
         self._session_class = _judge_session_class(session_class)
         if not isinstance(source, AsyncEngine):
-            self._blueprint = from_url(judge_url(source), settings, observers=self._observers, database=name)
+            self._blueprint = from_url(
+                judge_url(source),
+                settings,
+                observers=self._observers,
+                instruments=self._instruments,
+                database=name,
+            )
         elif adopt:
-            self._blueprint = from_engine(source, settings, observers=self._observers, database=name)
+            self._blueprint = from_engine(
+                source, settings, observers=self._observers, instruments=self._instruments, database=name
+            )
         else:
             self._blueprint = beside_engine(source, settings)
 
@@ -171,6 +185,34 @@ class Database(Gathering[S], Generic[S]):
     def observe(self, observer: Observer) -> None:
         """Tell *observer* of every event as it happens, after the log."""
         self._observers.add(observer)
+
+    def measure(self) -> Measuring:
+        """Begin to keep numbers of what is waited, held and executed, and give them; the same object at every call.
+
+        Costs a few microseconds for each checkout and statement from now on; nothing before it is asked for.
+        """
+        if self._measuring is None:
+            from stanch.measuring import Measuring  # noqa: PLC0415  # only for those who ask
+
+            self._measuring = Measuring(self.name, stats=self.stats, holders=self.holdings)
+            self.meter(self._measuring)
+            self.observe(self._measuring.note)
+        return self._measuring
+
+    def meter(self, meter: Meter) -> None:
+        """Tell *meter* of every measurable step from now on, on the hot path; see ``Meter``."""
+        self._instruments.add(meter)
+
+    def holdings(self) -> Sequence[Holding]:
+        """Who holds a connection now, longest held first; of all pools, readers' included.
+
+        Not known of an engine that keeps its own pool (``adopt=False``): then it is empty.
+        """
+        from stanch.measuring import holding_of  # noqa: PLC0415  # only for those who ask
+
+        now = time.monotonic()
+        held = (checkout for pool in self._equipped.pools for checkout in pool.held())
+        return [holding_of(checkout, now) for checkout in sorted(held, key=lambda checkout: checkout.since)]
 
     def tell(self, event: Event) -> None:
         """Tell the log and every observer of *event*; for stanch's own shells."""
@@ -342,9 +384,11 @@ class Database(Gathering[S], Generic[S]):
         held = [checkout for pool in self._equipped.pools if (checkout := pool.held_by(task)) is not None]
         return min(held, key=lambda checkout: checkout.since, default=None)
 
-    def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
+    def new_session(
+        self, holder: str, options: Mapping[str, Any] | None = None, *, place: Place | None = None
+    ) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
-        guard = Guard(holder, database=self.name, on_end=self._session_ended)
+        guard = Guard(holder, database=self.name, place=place, on_end=self._session_ended)
         guard.connection_options = options or {}
         session = self.session_factory(guard=guard)
         self._lifetime.enter()
@@ -357,7 +401,8 @@ class Database(Gathering[S], Generic[S]):
     ) -> tuple[S, Ending]:
         """A session of the calling line, within *timeout* and whatever deadline is in force, and what must end it."""
         deadline = earlier(Deadline.given(timeout, f"{what}(timeout=)"), in_force())
-        session = self.new_session(str(place_of_caller()), options)
+        place = place_of_caller()
+        session = self.new_session(str(place), options, place=place)
         ending = Ending(session)
         ending.keep_to(deadline)
         return session, ending
@@ -372,6 +417,7 @@ class Database(Gathering[S], Generic[S]):
             settings,
             self._observers,
             runner,
+            self._instruments,
             judges_statements=self._equipped.pool is not None,
             readers=None if self._equipped.readers is None else self._equipped.readers.engine.sync_engine,
         )

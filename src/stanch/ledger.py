@@ -14,31 +14,130 @@ for long, and the others had better wait in the queue, which is fair and bounded
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stanch.callers import whereabouts
-from stanch.values import Value
+from stanch.callers import NOWHERE, place_of_task
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
+    from stanch.accounts import Account
+    from stanch.callers import Place
+
 Slot = TypeVar("Slot")
 
 
-class Checkout(NamedTuple):
-    """One connection now out: which task took it, and when (monotonic seconds)."""
+class Checkout:
+    """One connection now out: who took it, when and where, and how much of that time ran SQL.
 
-    task: asyncio.Task[object] | None
-    since: float
+    Moments are monotonic, lengths of time in seconds. The pool opens it, the statements of the connection write
+    into it, and it is final once the connection is back.
+    """
+
+    __slots__ = (
+        "account",
+        "place",
+        "reported",
+        "running_since",
+        "since",
+        "sql_time",
+        "statement",
+        "statements",
+        "task",
+    )
+
+    def __init__(
+        self,
+        task: asyncio.Task[object] | None,
+        since: float,
+        account: Account | None = None,
+        place: Place = NOWHERE,
+    ) -> None:
+        self.task = task
+        self.since = since
+        self.account = account
+        """The unit of work that asked for it, or None outside any."""
+        self.place = place
+        """The nearest line of user code, where that is kept."""
+        self.statements = 0
+        self.sql_time = 0.0
+        """Of statements that have ended; see ``running_since``."""
+        self.running_since: float | None = None
+        """Since when a statement has been running."""
+        self.statement = ""
+        """The text of the latest one, with its literals: never to be shown, but as its shape."""
+        self.reported = False
+        """Whether it was told as a leak."""
 
     @property
     def holder(self) -> str:
-        """The holder in words: its task and where that task stands now."""
-        return whereabouts(self.task)
+        """Who has it: the unit of work, or outside any the task."""
+        if self.account is not None:
+            return self.account.holder
+        return "no task" if self.task is None else self.task.get_name()
+
+    @property
+    def now_at(self) -> str:
+        """Where its task stands now, in words; nothing where that is not known."""
+        if self.is_orphan:
+            return "its task is gone"
+        here = place_of_task(self._living_task())
+        return "" if here is NOWHERE else str(here)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the task that took it has ended, and that which opened the unit has too.
+
+        Another one may have been given the session all the same, and may be using it.
+        """
+        return self.task is not None and self._living_task() is None
+
+    def place_of_opener(self) -> Place:
+        """Where the task that opened its unit stands now, or stood then: for a task that runs no code of the user's."""
+        if self.account is None:
+            return NOWHERE
+        opened_by = None if self.account.task is None else self.account.task()
+        here = NOWHERE if opened_by is self.task else place_of_task(opened_by)
+        return (self.account.place or NOWHERE) if here is NOWHERE else here
+
+    def _living_task(self) -> asyncio.Task[object] | None:
+        # asyncio.wait_for() before Python 3.12 takes it in a task of its own, which is soon gone.
+        if self.task is None or not self.task.done():
+            return self.task
+        opened_by = None if self.account is None or self.account.task is None else self.account.task()
+        return None if opened_by is None or opened_by.done() else opened_by
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether more is known of it than who has it; see ``track_holders``."""
+        return self.place is not NOWHERE or self.running_since is not None or self.statements > 0
+
+    def sql_time_at(self, now: float) -> float:
+        """How long SQL has run on it until *now*, also of a statement that still runs."""
+        running_since = self.running_since
+        return self.sql_time + (0.0 if running_since is None else now - running_since)
+
+    def told_at(self, now: float) -> str:
+        """Who has it, from where, for how long, of that in SQL, and where the holder is now: one line for people."""
+        name = "" if self.task is None else self.task.get_name()
+        told = self.holder
+        if name and self.account is not None and not name.startswith("Task-"):
+            told += f" ({name})"
+        if self.place is not NOWHERE:
+            told += f", {self.place}" if str(self.place) != self.holder else ""
+        told += f", {now - self.since:.2f} s"
+        if self.is_tracked:
+            told += f", of which SQL {self.sql_time_at(now):.3f} s"
+        now_at = self.now_at
+        if self.is_orphan:
+            return f"{told}; {now_at}"
+        return f"{told}; now at {now_at}" if now_at and now_at != str(self.place) else told
 
 
-class Stats(Value, kw_only=True):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
     """The counts of one moment. ``in_use + idle`` never exceeds ``pool_size + max_overflow``.
 
     >>> Stats(pool_size=5, max_overflow=2, in_use=1, idle=3, waiting=0).size
@@ -52,10 +151,8 @@ class Stats(Value, kw_only=True):
     waiting: int
     adopted: bool = True
     """False where the engine keeps a pool of its own: who waits and who holds is then not known."""
-    readers: Stats | None = None
+    readers: Stats | None = field(default=None, repr=False)
     """What of all this is the readers', where they have connections of their own (``reader_pool_size``)."""
-
-    _unshown = frozenset({"readers"})
 
     @property
     def size(self) -> int:
@@ -193,6 +290,10 @@ class Ledger(Generic[Slot]):
     def holds(self, slot: Slot) -> bool:
         """Whether *slot* is out."""
         return id(slot) in self._out
+
+    def checkout(self, slot: Slot) -> Checkout:
+        """The entry of *slot*, which is out."""
+        return self._out[id(slot)][1]
 
     def clear_idle(self) -> list[Slot]:
         """Forget all idle slots and return them, for the caller to close."""

@@ -102,6 +102,13 @@ def tokens(sql: str) -> Iterator[Token]:
     >>> [token.text for token in tokens("SELECT 'it''s' /* not /* this */ */ FROM \"the table\"")]
     ['SELECT', "'it''s'", 'FROM', '"the table"']
     """
+    for group, text in _parts(sql):
+        if (kind := _KINDS.get(group)) is not None:
+            yield Token(kind, text)
+
+
+def _parts(sql: str) -> Iterator[tuple[str, str]]:
+    """All of *sql* in its order, each part with the name of the alternative of ``_TOKEN`` that it is."""
     if "\0" in sql:
         raise Unreadable("a NUL character")
     if "$" in sql and _MINGLED.search(sql):
@@ -111,13 +118,12 @@ def tokens(sql: str) -> Iterator[Token]:
     while position < end:
         match = match_at(sql, position)
         assert match is not None, "the last alternative takes any character"
-        position, found = match.end(), match.group()
-        if match.lastgroup == "comment":
+        position, group = match.end(), match.lastgroup or ""
+        if group == "comment":
             position = _end_of_comment(sql, position)
-        elif (why := _UNREADABLE.get(match.lastgroup or "")) is not None:
+        elif (why := _UNREADABLE.get(group)) is not None:
             raise Unreadable(why)
-        elif (kind := _KINDS.get(match.lastgroup or "")) is not None:
-            yield Token(kind, found)
+        yield group, match.group()
 
 
 def _end_of_comment(sql: str, position: int) -> int:
@@ -269,3 +275,34 @@ def function_of_doubt(sql: str) -> str | None:
                 return f"{called.function}()"
         before, called = called, token
     return None
+
+
+_LIST: Final = r"\((?:\?|\$\?)(?: ?, ?(?:\?|\$\?))*\)"
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def shape_of(sql: str) -> str:
+    r"""*sql* without its literals and comments, with single spaces; a list of literals or of parameters is one.
+
+    For people and for counting: never a value, whatever was written into the text. Of what cannot be read with
+    certainty only the first word is told.
+
+    >>> shape_of("SELECT *  FROM orders -- all\nWHERE item = 'book' AND id IN ($1, $2, $3) LIMIT 0.5")
+    'SELECT * FROM orders WHERE item = ? AND id IN (?) LIMIT ?'
+    """
+    words: list[str] = []
+    try:
+        for group, text in _parts(sql):
+            if group in ("space", "comment"):
+                words.append(" ")
+            elif group in ("string", "dollar") or (group == "sign" and text.lstrip("$").isdigit()):
+                words.append("?")
+            elif group == "word" and words[-1:] == ["?"]:
+                continue  # the rest of a number: 1e5, 0xFF
+            else:
+                words.append(text)
+    except Unreadable:
+        first = re.match(r"\W*([A-Za-z]{1,20})\b", sql)
+        return f"{first[1].upper()} (not readable)" if first else "(not readable)"
+    shape = " ".join("".join(words).split())
+    return re.sub(_LIST, "(?)", re.sub(r"\?\.\?", "?", shape))

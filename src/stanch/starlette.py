@@ -11,9 +11,10 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, unit_of
+from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, routes_around, unit_of
 from stanch.database import Database
 from stanch.errors import ClientGone, ConfigError, StanchError
 from stanch.events import logger
@@ -21,10 +22,15 @@ from stanch.hangup import HangUp
 from stanch.problems import MEDIA_TYPE, problem_of
 from stanch.recording import Replayed
 from stanch.redaction import redact
+from stanch.routes import template_of
 from stanch.unit import Mode, Unit, Unsaved, Wish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping, Sequence
+
+    from starlette.types import ASGIApp
+
+    from stanch.dashboard import Access
 
 __all__ = ["UnitMiddleware", "add_exception_handlers", "install", "reader_of", "session_of"]
 
@@ -44,6 +50,10 @@ def install(
     lifespan: bool = True,
     exception_handlers: bool = True,
     wait: float = 0.0,
+    health: str | None = None,
+    metrics: str | None = None,
+    dashboard: str | None = None,
+    dashboard_access: Access | None = None,
 ) -> None:
     """Put *databases* to work in *app*: lifespan, one middleware, exception handlers. The first is the default one.
 
@@ -54,6 +64,10 @@ def install(
     database until its reply leaves, from its arrival on; the reply is then a 503 or 504. A second call adds its
     databases. Raises ``ConfigError`` once the app has served its first request. ``lifespan=False`` and
     ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
+
+    *health*, *metrics* and *dashboard* are paths at which the app shows how its databases are; None: nowhere. The
+    first is for probes, the second for Prometheus (``stanch[prometheus]``), the third a page for people. The page
+    refuses everyone but whom *dashboard_access* lets in: ``"loopback"``, or a function of the request.
     """
     if app.middleware_stack is not None:
         raise ConfigError(
@@ -72,11 +86,12 @@ def install(
         request_timeout=request_timeout,
     )
     if middleware is None:
+        known += databases
         # The last of the list is innermost; what add_middleware() adds later stays outside.
         app.user_middleware.append(
             Middleware(
                 UnitMiddleware,
-                databases=list(databases),
+                databases=known,
                 commit_mode=commit_mode or "auto",
                 unsaved=unsaved or "warn",
                 request_timeout=request_timeout,
@@ -91,6 +106,14 @@ def install(
         _wrap_lifespan(app, databases, wait)
     if exception_handlers:
         add_exception_handlers(app)
+    _serve_instruments(
+        app,
+        known,
+        health=health,
+        metrics=metrics,
+        dashboard=dashboard,
+        dashboard_access=dashboard_access,
+    )
 
 
 def add_exception_handlers(app: Starlette) -> None:
@@ -160,9 +183,7 @@ async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSess
 
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
-    route, endpoint = scope.get("route"), scope.get("endpoint")  # older Starlettes name no route
-    template = getattr(route, "path", None) or getattr(endpoint, "__name__", "?")
-    return f"{scope.get('method', 'WEBSOCKET')} {template}"
+    return f"{scope.get('method', 'WEBSOCKET')} {template_of(scope, routes_around(scope))}"
 
 
 # Replies --------------------------------------------------------------------------------------------------
@@ -199,6 +220,39 @@ def _told(error: Exception) -> str:
 
 
 # Private --------------------------------------------------------------------------------------------------
+
+
+def _serve_instruments(
+    app: Starlette,
+    databases: Sequence[Database[Any]],
+    *,
+    health: str | None,
+    metrics: str | None,
+    dashboard: str | None,
+    dashboard_access: Access | None,
+) -> None:
+    if health is not None:
+        from stanch.health import HealthApp  # noqa: PLC0415  # for those who ask
+
+        _serve(app, "health", health, HealthApp(databases))
+    if metrics is not None:
+        from stanch.prometheus import MetricsApp  # noqa: PLC0415  # an extra
+
+        _serve(app, "metrics", metrics, MetricsApp(databases))
+    if dashboard is not None:
+        from stanch.dashboard import DashboardApp  # noqa: PLC0415  # for those who ask
+
+        _serve(app, "dashboard", dashboard, DashboardApp(databases, path=dashboard, access=dashboard_access))
+
+
+def _serve(app: Starlette, setting: str, path: str, endpoint: ASGIApp) -> None:
+    """Answer at *path* and below it, before any route of the app, and outside its documentation."""
+    if not path.startswith("/") or path.endswith("/"):
+        raise ConfigError(
+            f"install: {setting} must be a path that begins with a slash and does not end with one",
+            remedies=[f'Write {setting}="/{setting}".'],
+        )
+    app.router.routes[:0] = [Route(path, endpoint), Route(path + "/{rest:path}", endpoint)]
 
 
 def _installed_middleware(app: Starlette) -> Middleware | None:

@@ -75,6 +75,11 @@ class Value:
         """The same value but for *changes*, judged anew."""
         return type(self)(**{name: getattr(self, name) for name in self._fields} | changes)
 
+    @classmethod
+    def fields(cls) -> tuple[str, ...]:
+        """The names of the fields, in order."""
+        return cls._fields
+
     def __setattr__(self, name: str, value: object) -> Never:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 

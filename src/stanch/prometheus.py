@@ -1,0 +1,23 @@
+"""Tells Prometheus what the databases of an app measure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import Receive, Scope, Send
+
+    from stanch.database import Database
+
+
+class MetricsApp:
+    """The ASGI app behind ``install(metrics=)``."""
+
+    def __init__(self, databases: Sequence[Database[Any]]) -> None:
+        self._databases = databases
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one scrape."""
+        raise NotImplementedError
