@@ -45,11 +45,11 @@ pytestmark = pytest.mark.anyio
 fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
 
 SLOW_COMMIT = """
-    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END $$;
+    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1.2); RETURN NULL; END $$;
     CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON numbers DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION wait();
 """
-"""From now on COMMIT of an insert takes 0.4 seconds."""
+"""From now on COMMIT of an insert takes 1.2 seconds, longer than a callback may."""
 
 
 @pytest.fixture(
@@ -64,7 +64,7 @@ async def numbers(
 ) -> AsyncGenerator[Numbers]:
     """On each backend; a callback can write only if nobody holds the one connection of the pool meanwhile."""
     numbers = Numbers(fresh_database, tmp_path / "numbers.db", str(request.param))
-    numbers.db = numbers.database(pool_size=1, hook_timeout=0.2)
+    numbers.db = numbers.database(pool_size=1, hook_timeout=1.0)
     await numbers.create()
     async with numbers.db:
         yield numbers

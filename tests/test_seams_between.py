@@ -18,7 +18,7 @@ from stanch.fastapi import SessionDep, install, provide_session
 from stanch.idempotency import IdempotencyKey, idempotency_table
 from stanch.transactions import Ending
 from tests.support import cleaned
-from tests.support.judge import assert_nothing_left
+from tests.support.judge import assert_nothing_left, until
 from tests.support.proxy import FaultProxy, Verdict, at_commit, at_statement
 
 if TYPE_CHECKING:
@@ -31,12 +31,16 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 
 fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
 
-SLOW_COMMIT = """
-    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
-        'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
-    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON rows DEFERRABLE INITIALLY DEFERRED
-        FOR EACH ROW EXECUTE FUNCTION slow()
+HELD_COMMIT = """
+    CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER held AFTER INSERT ON rows DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION hold();
+    SELECT pg_advisory_lock(1)
 """
+"""From now on COMMIT of an insert waits until the judge lets go."""
+LET_GO = "SELECT pg_advisory_unlock(1)"
+HELD = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
 
 
 ManualDep = Annotated[AsyncSession, Depends(provide_session(commit_mode="manual"))]
@@ -155,12 +159,20 @@ async def test_a_callback_is_not_bound_by_the_deadline_of_the_attempts_it_follow
 async def test_hook_timeout_does_not_cut_a_commit_in_a_callback_short(
     rows: FreshDatabase, driver: str
 ) -> None:
-    await rows.execute(SLOW_COMMIT)
-    db: Database[Any] = Database(rows.url(driver), hook_timeout=0.2)
+    await rows.execute(HELD_COMMIT)
+    db: Database[Any] = Database(rows.url(driver), hook_timeout=1.0)
     seen: list[Event] = []
     db.observe(seen.append)
-    async with db.transaction() as session:
-        on_commit(session, insert, db, 1)
+
+    async def let_go_too_late() -> None:
+        await until(rows, HELD)
+        await asyncio.sleep(1.0)  # what is measured: longer than the callback may take, which began before
+        await rows.execute(LET_GO)
+
+    async with asyncio.TaskGroup() as both:
+        both.create_task(let_go_too_late())
+        async with db.transaction() as session:
+            on_commit(session, insert, db, 1)
     assert [type(event).__name__ for event in seen] == ["HookFailed"]
     assert await stored(rows) == [1]
     await assert_nothing_left(rows, db)
@@ -268,7 +280,7 @@ async def test_a_cancellation_that_comes_together_with_the_deadline_is_not_swall
 async def test_callbacks_are_told_the_truth_of_a_commit_that_was_cancelled_too_late(
     db: Database[Any], rows: FreshDatabase, begun: bool
 ) -> None:
-    await rows.execute(SLOW_COMMIT)
+    await rows.execute(HELD_COMMIT)
     said: list[str] = []
     seen: list[Event] = []
     db.observe(seen.append)
@@ -278,14 +290,22 @@ async def test_callbacks_are_told_the_truth_of_a_commit_that_was_cancelled_too_l
         on_commit(session, said.append, "committed")
         after_rollback(session, said.append, "rolled back")
 
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2), db.session() as session:
+    async def commit() -> None:
+        async with db.session() as session:
             if begun:
                 async with session.begin():
                     await work(session)
             else:
                 await work(session)
                 await session.commit()
+
+    task = asyncio.create_task(commit())
+    await until(rows, HELD)
+    task.cancel()
+    await asyncio.sleep(0)  # it has come while COMMIT is held
+    await rows.execute(LET_GO)
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert await stored(rows) == [1]
     assert said == ["committed"]
     assert seen == []  # above all no WorkDropped
