@@ -342,6 +342,15 @@ class Database(Gathering[S], Generic[S]):
         held = [checkout for pool in self._equipped.pools if (checkout := pool.held_by(task)) is not None]
         return min(held, key=lambda checkout: checkout.since, default=None)
 
+    def refuse_overload(self, *, reads: bool) -> None:
+        """Raise ``PoolOverloaded`` if a caller who came now would not be let wait for a connection; for shells.
+
+        Costs next to nothing while nobody waits. *reads*: it would be a connection of the readers.
+        """
+        equipped = self._equipped.readers if reads and self._equipped.readers is not None else self._equipped
+        if equipped.pool is not None:
+            equipped.pool.refuse_early()
+
     def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
         guard = Guard(holder, database=self.name, on_end=self._session_ended)
