@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 import uvicorn
 from fastapi import Depends, FastAPI
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from stanch import Database
-from stanch.fastapi import SessionDep, install
+from stanch.fastapi import ReaderDep, SessionDep, install
 from stanch.pool import Pool
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
     from stanch.asgi import ASGIApp, Message, Receive, Scope, Send
 
-Kind = Literal["stanch", "by hand"]
+Kind = Literal["stanch", "by hand on its pool", "by hand"]
 
+READ: Final = text("SELECT 1")
 START_TIMEOUT: Final = 60.0
 TOLD_AFTER: Final = b"x-told-after"
 """The header of a refusal: seconds between the pool's decision and the reply."""
@@ -43,10 +44,9 @@ TOLD_AFTER: Final = b"x-told-after"
 # The app ----------------------------------------------------------------------------------------------------
 
 
-def by_hand(url: str, **settings: Any) -> FastAPI:
-    """As in the article: a yield dependency on SQLAlchemy's own pool, whose wait is 30 s unless *settings* say more."""
+def by_hand(engine: AsyncEngine) -> FastAPI:
+    """As in the article: a yield dependency, on the pool of *engine*."""
     app = FastAPI()
-    engine = create_async_engine(url, **settings)
     factory = async_sessionmaker(engine, expire_on_commit=False)
 
     async def get_db() -> AsyncGenerator[AsyncSession]:
@@ -57,6 +57,10 @@ def by_hand(url: str, **settings: Any) -> FastAPI:
     async def endpoint(seconds: float, session: Annotated[AsyncSession, Depends(_never)]) -> dict[str, bool]:
         return await hold(session, seconds)
 
+    @app.get("/read")
+    async def reading(session: Annotated[AsyncSession, Depends(_never)]) -> dict[str, bool]:
+        return await read(session)
+
     app.dependency_overrides[_never] = get_db
     return app
 
@@ -66,7 +70,7 @@ async def _never() -> AsyncSession:
 
 
 def on_stanch(url: str, **settings: Any) -> FastAPI:
-    """The same handler on stanch."""
+    """The same handlers on stanch."""
     app = FastAPI()
     install(app, Database(url, **settings))
 
@@ -74,8 +78,17 @@ def on_stanch(url: str, **settings: Any) -> FastAPI:
     async def endpoint(seconds: float, session: SessionDep) -> dict[str, bool]:
         return await hold(session, seconds)
 
-    app.add_middleware(Stopwatch)
+    @app.get("/read")
+    async def reading(session: ReaderDep) -> dict[str, bool]:
+        return await read(session)
+
     return app
+
+
+async def read(session: AsyncSession) -> dict[str, bool]:
+    """One statement that takes no time."""
+    await session.execute(READ)
+    return {"done": True}
 
 
 async def hold(session: AsyncSession, seconds: float) -> dict[str, bool]:
@@ -138,7 +151,7 @@ class _Server(uvicorn.Server):
         self._parent.send(sockets[0].getsockname()[1])
 
 
-def _serve(kind: Kind, url: str, settings: dict[str, Any], parent: Connection) -> None:
+def _serve(kind: Kind, url: str, settings: dict[str, Any], parent: Connection, *, timed: bool) -> None:
     def die_with_the_parent() -> None:
         parent.poll(None)  # the parent never says anything: when there is something to read, it is its end
         os._exit(1)
@@ -146,17 +159,27 @@ def _serve(kind: Kind, url: str, settings: dict[str, Any], parent: Connection) -
     threading.Thread(target=die_with_the_parent, daemon=True).start()
     _watch_refusals()
     logging.getLogger("stanch").setLevel(logging.CRITICAL)  # a line for each refusal is not what is measured
-    app = on_stanch(url, **settings) if kind == "stanch" else by_hand(url, **settings)
+    match kind:
+        case "stanch":
+            app = on_stanch(url, **settings)
+        case "by hand on its pool":
+            app = by_hand(Database(url, **settings).engine)
+        case "by hand":
+            app = by_hand(create_async_engine(url, **settings))
+    if timed:
+        app.add_middleware(Stopwatch)
     config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
     line = socket.create_server(("127.0.0.1", 0), backlog=1024)
     _Server(config, parent).run(sockets=[line])
 
 
 @contextmanager
-def serving(kind: Kind, url: str, **settings: Any) -> Generator[int]:
-    """Serve the app; gives its port."""
+def serving(kind: Kind, url: str, *, timed: bool = False, **settings: Any) -> Generator[int]:
+    """Serve the app; gives its port. *timed*: refusals tell how long ago they were decided."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(kind, url, settings, there))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(kind, url, settings, there), kwargs={"timed": timed}
+    )
     process.start()
     there.close()
     try:

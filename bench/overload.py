@@ -96,7 +96,7 @@ def compare(
         capacity = asyncio.run(capacity_of(port))
     for load in loads:
         for kind in kinds:
-            with serving(kind, url, pool_size=POOL, max_overflow=0) as port:
+            with serving(kind, url, timed=True, pool_size=POOL, max_overflow=0) as port:
                 asyncio.run(closed_loop(port, f"/hold/{WORK}", clients=POOL, seconds=1.0))  # warm
                 outcome = asyncio.run(overload(port, load, capacity))
             print(f"  {kind:8} {outcome}", flush=True)
