@@ -68,6 +68,7 @@ async def proxied(
         proxy.pass_through()
         proxy.on_client_message = lambda _kind, _payload: Verdict.FORWARD
         assert (db.stats().in_use, db.stats().waiting) == (0, 0)
+        await db.open(wait=5)  # after an outage it is asked again once a second
         async with AsyncExitStack() as stack:  # the whole pool can be lent, and answers
             for _ in range(db.stats().pool_size):
                 session = await stack.enter_async_context(db.session())

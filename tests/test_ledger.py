@@ -280,10 +280,3 @@ def test_longest_held_is_named_first() -> None:
     ledger.give_back(first, usable=True)
     assert ledger.take(None, new=lambda: Slot(99)) is first, "taken again, so now the shortest held"
     assert [slot.number for slot, _ in ledger.held()] == [1, 2, 0]
-
-
-def test_two_loops_stats_add_up_under_one_bound() -> None:
-    one = Stats(pool_size=5, max_overflow=2, in_use=1, idle=2, waiting=3)
-    both = one + one
-    assert (both.pool_size, both.max_overflow) == (5, 2)
-    assert (both.in_use, both.idle, both.waiting) == (2, 4, 6)

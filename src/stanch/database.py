@@ -384,6 +384,15 @@ class Database(Gathering[S], Generic[S]):
         held = [checkout for pool in self._equipped.pools if (checkout := pool.held_by(task)) is not None]
         return min(held, key=lambda checkout: checkout.since, default=None)
 
+    def refuse_overload(self, *, reads: bool) -> None:
+        """Raise ``PoolOverloaded`` if a caller who came now would not be let wait for a connection; for shells.
+
+        Costs next to nothing while nobody waits. *reads*: it would be a connection of the readers.
+        """
+        equipped = self._equipped.readers if reads and self._equipped.readers is not None else self._equipped
+        if equipped.pool is not None:
+            equipped.pool.refuse_early()
+
     def new_session(
         self, holder: str, options: Mapping[str, Any] | None = None, *, place: Place | None = None
     ) -> S:

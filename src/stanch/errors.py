@@ -88,10 +88,29 @@ class PoolExhausted(StanchError, exc.TimeoutError):
     error_code = "pool-exhausted"
 
 
+class PoolOverloaded(PoolExhausted):
+    """More callers want connections than can be served in time; this one was refused, so that others are. Nothing ran.
+
+    Refused at once, or while it waited; see ``max_waiting``, ``queue_target`` and ``queue_interval``. As every
+    ``PoolExhausted`` it becomes 503 with ``Retry-After``.
+    """
+
+    error_code = "pool-overloaded"
+
+
 class DatabaseUnavailable(_Operational):
     """No connection to the server could be made: refused, unreachable, no such host, or not in time."""
 
     error_code = "unavailable"
+
+
+class SecondEventLoop(StanchError, exc.InvalidRequestError):
+    """A ``Database`` was used on an event loop while its connections belong to another one that is still alive.
+
+    The text says in which thread that loop runs. Connections cannot be shared by loops. Nothing was executed.
+    """
+
+    error_code = "second-event-loop"
 
 
 class DatabaseClosed(StanchError, exc.InvalidRequestError):

@@ -7,26 +7,34 @@ not yet open). A slot that comes free goes to whoever has waited longest, also w
 what is handed over is then the right to open one. So a failed connect, a severed connection and a cancelled
 waiter all pass their turn on.
 
-Until a first connection has proved that there is a server, there is only one slot: whoever opens it may have to wait
-for long, and the others had better wait in the queue, which is fair and bounded, than each before the same closed door.
+That right is worth something only while the server takes connections; whether it does, the *door* knows. While it is
+not open there is one attempt at a time, made by whoever is first in the queue, and the others wait in the queue, which
+is fair and bounded, rather than each before the same closed door. Who may wait at all, *admission* decides.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+from stanch.admission import Everybody, Refusal
 from stanch.callers import NOWHERE, place_of_task
+from stanch.door import Door, State
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
 
     from stanch.accounts import Account
+    from stanch.admission import Admission
     from stanch.callers import Place
+    from stanch.door import Trouble
 
 Slot = TypeVar("Slot")
+
+_ANSWERS: Final = frozenset({State.OPEN, State.FULL})
+_SHUT: Final = frozenset({State.FULL, State.AWAY})
 
 
 class Checkout:
@@ -181,26 +189,29 @@ class Stats:
             readers=readers,
         )
 
-    def __add__(self, other: Stats) -> Stats:
-        """Two pools of one database seen as one: each event loop has its own."""
-        return Stats(
-            pool_size=self.pool_size,
-            max_overflow=self.max_overflow,
-            in_use=self.in_use + other.in_use,
-            idle=self.idle + other.idle,
-            waiting=self.waiting + other.waiting,
-        )
-
 
 class Waiter(Generic[Slot]):
-    """A place in the queue. *wake* is called once, after *slot* has been handed over."""
+    """A place in the queue. *wake* is called after the wait has ended in one of three ways, or to look again."""
 
-    __slots__ = ("slot", "task", "wake")
+    __slots__ = ("refusal", "since", "slot", "task", "trouble", "wake")
 
-    def __init__(self, task: asyncio.Task[object] | None, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, task: asyncio.Task[object] | None, wake: Callable[[], None], *, since: float = 0.0
+    ) -> None:
         self.task = task
         self.wake = wake
+        self.since = since
+        """When the wait began (monotonic seconds)."""
         self.slot: Slot | None = None
+        """What was handed over."""
+        self.refusal: Refusal | None = None
+        self.trouble: Trouble | None = None
+        """Why no connection can be opened, and there is none to wait for."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the wait has ended."""
+        return self.slot is not None or self.refusal is not None or self.trouble is not None
 
 
 class Ledger(Generic[Slot]):
@@ -220,20 +231,46 @@ class Ledger(Generic[Slot]):
     (True, 1)
     """
 
-    __slots__ = ("_clock", "_idle", "_max_overflow", "_out", "_pool_size", "_queue", "_to_keep", "is_opening")
+    __slots__ = (
+        "_admission",
+        "_clock",
+        "_door",
+        "_idle",
+        "_max_overflow",
+        "_max_waiting",
+        "_next_idle",
+        "_out",
+        "_pool_size",
+        "_queue",
+        "_to_keep",
+    )
 
     def __init__(
-        self, *, pool_size: int, max_overflow: int, clock: Callable[[], float], keeps_idle: bool = True
+        self,
+        *,
+        pool_size: int,
+        max_overflow: int,
+        clock: Callable[[], float],
+        keeps_idle: bool = True,
+        lifo: bool = False,
+        max_waiting: int | None = None,
+        admission: Admission | None = None,
+        door: Door | None = None,
     ) -> None:
         self._clock = clock
         self._pool_size = pool_size
         self._max_overflow = max_overflow
-        self.is_opening = True
-        """Whether no connection has ever been ready, so that one caller at a time tries to open the first."""
+        self._max_waiting = max_waiting
+        self._admission: Admission = admission or Everybody()
+        self._door = door or Door()
         self._to_keep = pool_size if keeps_idle else 0
         self._idle: deque[Slot] = deque()
+        self._next_idle = self._idle.pop if lifo else self._idle.popleft
         self._out: dict[int, tuple[Slot, Checkout]] = {}
-        self._queue: deque[Waiter[Slot]] = deque()
+        # In the order they came. Whoever gives up leaves from the middle, and a million of them leave nothing behind.
+        self._queue: OrderedDict[Waiter[Slot], None] = OrderedDict()
+
+    # Taking ---------------------------------------------------------------------------------------------
 
     def take(self, task: asyncio.Task[object] | None, *, new: Callable[[], Slot]) -> Slot | None:
         """An idle slot, or a *new* one while there is room; None if the caller must wait.
@@ -243,23 +280,85 @@ class Ledger(Generic[Slot]):
         if self._queue:
             return None
         if self._idle:
-            slot = self._idle.popleft()
-        elif len(self._out) < self._room:
+            slot = self._next_idle()
+        elif self._has_room:
             slot = new()
+            self.may_open(slot)
         else:
             return None
         self._hand(slot, task)
         return slot
 
+    def may_open(self, slot: Slot) -> bool:
+        """Whether who holds *slot*, whose connection is not open, may open it now; if not, he must ``stand_back()``."""
+        if self._door.is_open or self._door.is_tried_by(slot):
+            return True
+        now = self._clock()
+        if not self._door.lets_try(now):
+            return False
+        self._door.begin(slot, now)
+        return True
+
     def open_up(self, *, new: Callable[[], Slot]) -> None:
-        """A first connection is ready: from now on there is room for all; who waits gets a *new* slot, in order."""
-        self.is_opening = False
-        while self._queue and len(self._out) < self._room:
+        """A connection is ready: while that is so there is room for all; who waits gets a *new* slot, in order."""
+        self._door.succeed()
+        while self._queue and self._has_room:
             self._serve_next(new())
+
+    def turned_away(self, slot: Slot, waiter: Waiter[Slot], trouble: Trouble, *, others: int) -> bool:
+        """The server did not let *slot* be opened, while *others* are out with a connection; it leaves the books.
+
+        True: its *waiter* waits again, in his old place. False: everybody who waits is told of the *trouble*.
+        """
+        del self._out[id(slot)]
+        is_worth_waiting = self._door.fail(slot, trouble, now=self._clock(), others=others)
+        if is_worth_waiting or self._idle:
+            self._put_back(waiter)
+            return True
+        waiters, self._queue = self._queue, OrderedDict()
+        for each in waiters:
+            each.trouble = trouble
+            each.wake()
+        return False
+
+    def stand_back(self, slot: Slot, waiter: Waiter[Slot]) -> None:
+        """*slot* cannot be opened now, so it leaves the books; its *waiter* waits again, in his old place."""
+        del self._out[id(slot)]
+        self._put_back(waiter)
+
+    # Waiting --------------------------------------------------------------------------------------------
+
+    def refusal(self) -> Refusal | None:
+        """Why one more may not wait, or None; nobody is refused while nobody waits."""
+        waiting = len(self._queue)
+        if not waiting:
+            return None
+        now = self._clock()
+        waited = now - self._first.since
+        if self._max_waiting is not None and waiting >= self._max_waiting:
+            return Refusal(f"max_waiting is {self._max_waiting}", waiting, waited, now)
+        if self._is_queueing:
+            self._admission.see(waited=waited, waiting=waiting, out=len(self._out), now=now)
+            if self._admission.refuses(waiting=waiting, out=len(self._out), now=now):
+                return Refusal(self._admission.reason, waiting, waited, now)
+        return None
 
     def enqueue(self, waiter: Waiter[Slot]) -> None:
         """Let *waiter* wait behind all who came before."""
-        self._queue.append(waiter)
+        waiter.since = self._clock()
+        self._queue[waiter] = None
+
+    def look(self, waiter: Waiter[Slot], *, new: Callable[[], Slot]) -> float | None:
+        """What *waiter* does before he waits on. If he is first and the door lets somebody try, he gets a *new* slot.
+
+        The moment at which he shall look again; None: he will be woken.
+        """
+        if self._door.is_open or waiter not in self._queue or waiter is not self._first:
+            return None
+        if self._has_room:
+            self._serve_next(new())
+            return None
+        return None if self._door.is_tried or len(self._out) >= self._bound else self._door.next_try
 
     def give_up(self, waiter: Waiter[Slot], *, usable: Callable[[Slot], bool]) -> Slot | None:
         """End a wait that was cancelled or took too long.
@@ -267,25 +366,60 @@ class Ledger(Generic[Slot]):
         A slot that had been handed over in the same moment goes to the next waiter or becomes idle; it is
         returned if neither wants it, for the caller to close.
         """
-        if waiter.slot is None:
-            self._queue.remove(waiter)
-            return None
-        return None if self.give_back(waiter.slot, usable=usable(waiter.slot)) else waiter.slot
+        if waiter.slot is not None:
+            return None if self.give_back(waiter.slot, usable=usable(waiter.slot)) else waiter.slot
+        if waiter in self._queue:
+            del self._queue[waiter]
+            self._let_first_look()
+        return None
 
     def give_back(self, slot: Slot, *, usable: bool) -> bool:
         """Take *slot* back. True: it was handed on or kept idle. False: it left the books, close its connection.
 
         *usable*: its connection is open and may serve again. An unusable slot is still handed to a waiter, as
-        the right to open a connection.
+        the right to open a connection, if the door lets one be opened.
         """
         del self._out[id(slot)]
+        self._door.give_up(slot)
+        if not usable:
+            self._door.make_room(self._clock())
         if self._queue:
-            self._serve_next(slot)
-            return True
+            if usable or self._has_room:
+                self._serve_next(slot, usable=usable)
+                return True
+            self._let_first_look()
+            return False
         if usable and len(self._idle) < self._to_keep:
             self._idle.append(slot)
             return True
         return False
+
+    # Looking --------------------------------------------------------------------------------------------
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether no connection has ever been ready, so that one caller at a time tries to open the first."""
+        return self._door.state is State.UNKNOWN
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server takes connections, as far as is known."""
+        return self._door.is_open
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the server could not be reached, and nobody has reached it since."""
+        return self._door.state is State.AWAY
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why no connection could be opened, while that is so."""
+        return self._door.trouble
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._queue)
 
     def holds(self, slot: Slot) -> bool:
         """Whether *slot* is out."""
@@ -310,15 +444,68 @@ class Ledger(Generic[Slot]):
         mine = (checkout for _, checkout in self._out.values() if checkout.task is task)
         return min(mine, key=lambda checkout: checkout.since, default=None)
 
-    @property
-    def _room(self) -> int:
-        return 1 if self.is_opening else self._pool_size + self._max_overflow
+    # Private --------------------------------------------------------------------------------------------
 
-    def _serve_next(self, slot: Slot) -> None:
-        waiter = self._queue.popleft()
+    @property
+    def _bound(self) -> int:
+        return self._pool_size + self._max_overflow
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more connection may be opened now."""
+        if self._door.is_open:
+            return len(self._out) < self._bound
+        room = 1 if self.is_opening else self._bound
+        return len(self._out) < room and self._door.lets_try(self._clock())
+
+    @property
+    def _is_queueing(self) -> bool:
+        """Whether it is for other callers that callers wait, and not for a server that has yet to answer."""
+        return self._door.state in _ANSWERS
+
+    @property
+    def _first(self) -> Waiter[Slot]:
+        return next(iter(self._queue))
+
+    def _put_back(self, waiter: Waiter[Slot]) -> None:
+        waiter.slot = None
+        self._queue[waiter] = None
+        self._queue.move_to_end(waiter, last=False)
+        # Several may come back, in any order; they are few, for each of them had a slot.
+        older = [each for each, _ in zip(self._queue, range(self._bound + 1), strict=False)]
+        for each in reversed([each for each in older if each.since < waiter.since]):
+            self._queue.move_to_end(each, last=False)
+        if self._idle:  # it came back while he tried, and nobody was waiting for it
+            self._serve_next(self._next_idle(), usable=True)
+        self._let_first_look()
+
+    def _let_first_look(self) -> None:
+        """Whoever is first has become so, or may try again at another time: before a door that was shut, and is."""
+        if self._queue and self._door.state in _SHUT and not self._door.is_tried:
+            self._first.wake()
+
+    def _serve_next(self, slot: Slot, *, usable: bool = False) -> None:
+        """Hand *slot* to whoever has waited longest; not *usable* is the right to open it."""
+        if not usable:
+            self.may_open(slot)
+        waiter = self._next_in_time() if self._is_queueing else self._queue.popitem(last=False)[0]
         self._hand(slot, waiter.task)
         waiter.slot = slot
         waiter.wake()
+        self._let_first_look()
+
+    def _next_in_time(self) -> Waiter[Slot]:
+        """The first of the queue; before him, those are refused who have waited too long."""
+        now, out, admission = self._clock(), len(self._out) + 1, self._admission
+        waited, waiting = now - self._first.since, len(self._queue)
+        admission.see(waited=waited, waiting=waiting, out=out, now=now)
+        admission.served(now)
+        while admission.is_too_late(waited=waited, waiting=waiting, out=out, now=now):
+            late, _ = self._queue.popitem(last=False)
+            late.refusal = Refusal(admission.reason, waiting - 1, waited, now)
+            late.wake()
+            waited, waiting = now - self._first.since, waiting - 1
+        return self._queue.popitem(last=False)[0]
 
     def _hand(self, slot: Slot, task: asyncio.Task[object] | None) -> None:
         self._out[id(slot)] = (slot, Checkout(task, self._clock()))

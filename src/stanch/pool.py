@@ -12,12 +12,15 @@ It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the priva
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import random
 import threading
 import time
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, Self, cast
+from weakref import WeakSet
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import Pool as SQLAlchemyPool
@@ -26,15 +29,18 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.accounts import paying
+from stanch.admission import QueueTime
 from stanch.blame import lines_of, remedies_for
 from stanch.callers import current_loop, current_task
 from stanch.deadlines import in_force, to_tidy_up, whose, within
-from stanch.errors import DatabaseUnavailable, PoolExhausted
+from stanch.door import PROBE_INTERVAL, Trouble
+from stanch.errors import DatabaseUnavailable, PoolExhausted, PoolOverloaded, SecondEventLoop
 from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
 from stanch.session_state import CLEANING, INFO_KEY
 from stanch.sqlstate import Kind as FailureKind, classify
 from stanch.tracking import Sweep, tracker_of
+from stanch.turns import LoopTurn, ThreadTurn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,6 +49,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
     from stanch.accounts import Account
+    from stanch.admission import Admission, Refusal
     from stanch.callers import Place
     from stanch.drivers import Driver
     from stanch.ledger import Checkout
@@ -50,7 +57,11 @@ if TYPE_CHECKING:
     from stanch.session_state import State
     from stanch.settings import Settings
     from stanch.tracking import Kind
+    from stanch.turns import Turn
     from stanch.watch import Watch
+
+_RECYCLE_JITTER: Final = 0.1
+"""The part of ``pool_recycle`` by which a connection may be replaced sooner: all were opened in the same rush."""
 
 _TOLD_PLACES: Final = 1000
 """How many places that set session state are told of; generated code could have any number."""
@@ -67,7 +78,7 @@ class Slot(_ConnectionRecord):
         self.dropped = False
         """Whether the garbage collector returns it."""
         self.generation = -1
-        self.opened_at = 0.0
+        self.recycle_at = math.inf
         self.idle_since = 0.0
         self._stanch_pool = pool
 
@@ -90,7 +101,8 @@ class Slot(_ConnectionRecord):
         if self.dbapi_connection is None:
             # The generation from before the connect: one that began before a failover is of the old server.
             self.generation = pool.generation
-            began = self.opened_at = time.monotonic()
+            self.recycle_at = pool.recycle_at()
+            began = time.monotonic()
             connection = pool.within_connect_timeout(self, super().get_connection)
             pool.opened(self.ledger, time.monotonic() - began)
         else:
@@ -108,15 +120,38 @@ class Slot(_ConnectionRecord):
             raise
 
 
+class _Caller:
+    """Somebody who did not get a connection at once: how he waits, and until when."""
+
+    __slots__ = ("due", "turn", "waited", "waiter")
+
+    def __init__(self, task: asyncio.Task[object] | None, turn: Turn, timeout: float) -> None:
+        now = time.monotonic()
+        self.turn = turn
+        self.due = now + timeout
+        self.waiter = Waiter[Slot](task, turn.wake, since=now)
+        self.waited = 0.0
+        """Seconds in the queue, all his waits together."""
+
+
 class Pool(SQLAlchemyPool):
-    """At most ``pool_size + max_overflow`` connections on each event loop, given to waiters in the order they came.
+    """At most ``pool_size + max_overflow`` connections, given to waiters in the order they came.
 
     Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
-    ``PoolExhausted``; until a first connection is ready only one caller opens one, and the others wait just so
-    (theirs is ``DatabaseUnavailable``). A waiter that is cancelled gives its place back; a connection that is
-    mid-operation or mid-transaction when it is returned is severed, never reused. ``dispose()`` closes what is idle
-    and outdates what is out; the bound and the waiters stay, and ``recreate()`` gives this same pool. A second event
-    loop gets books of its own, and the connections of a loop that was closed are dropped without awaiting.
+    ``PoolExhausted``. A waiter that is cancelled gives its place back; a connection that is mid-operation or
+    mid-transaction when it is returned is severed, never reused. Who would have to wait too long is refused early
+    (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``).
+
+    Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
+    open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
+    wait for what comes back or for room, as for a pool that is full. If it cannot be reached and nothing is out that
+    could come back, they are told by the failure of the one who tried (``DatabaseUnavailable``), and newcomers wait
+    a second at most.
+
+    Serves the engine of an event loop, and under threads one that is not async. ``dispose()`` closes what is idle and
+    outdates what is out; the bound and the waiters stay, and ``recreate()`` gives this same pool. The connections of a
+    loop that was closed are dropped without awaiting, and the next loop begins a new generation; while the loop lives,
+    any other is refused (``SecondEventLoop``). A forked child begins with nothing.
     """
 
     def __init__(
@@ -133,7 +168,7 @@ class Pool(SQLAlchemyPool):
     ) -> None:
         super().__init__(
             replaced._creator,
-            pre_ping=settings.pool_pre_ping,
+            pre_ping=False,  # asked in _answers(), where it is known who may open another
             reset_on_return=replaced._reset_on_return is not ResetStyle.reset_none,
             dialect=replaced._dialect,
             _dispatch=replaced.dispatch,
@@ -144,20 +179,23 @@ class Pool(SQLAlchemyPool):
         self._observers = observers
         self._instruments = instruments
         self._tracker = tracker_of(settings, observers, database)
-        self._sweeps: dict[Ledger[Slot], Sweep] = {}
+        self._sweep: Sweep | None = None
         self._database = database
         self._sized_by = sized_by
-        self._ledgers: dict[asyncio.AbstractEventLoop, Ledger[Slot]] = {}
-        self._latest: tuple[asyncio.AbstractEventLoop | None, Ledger[Slot] | None] = (None, None)
         # An RLock: the garbage collector returns connections on the thread that holds it.
         self._lock = threading.RLock()
+        self._is_async: bool = self._dialect.is_async
+        self._turn: type[LoopTurn | ThreadTurn] = LoopTurn if self._is_async else ThreadTurn
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = ""
+        self._ledger = self._new_ledger()
         self._disposed = False
-        self._pid = os.getpid()
         self._of_the_parent: list[Ledger[Slot]] = []
         self._told: set[tuple[str, Place]] = set()
         self.generation = 0
         self.admit: Callable[[], None] = _everybody
         """Asked before each checkout; raises what speaks against it."""
+        _survive_forks(self)
 
     # What SQLAlchemy calls ------------------------------------------------------------------------------
 
@@ -167,19 +205,22 @@ class Pool(SQLAlchemyPool):
         task, account = current_task(), paying.get()
         with self._lock:
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
+        caller: _Caller | None = None
         if slot is None:
-            slot = self._wait_on(ledger, task, account)
-        else:
-            self._instruments.meter.waited(0.0, "served", account)
-        checkout = ledger.checkout(slot)
-        checkout.account = account
+            caller = self._caller(task)
         try:
-            self._tracker.taken(checkout)
-            if slot.dbapi_connection is not None and not (self._fit(slot) and self._answers(slot)):
-                self._drop(slot)
-        except BaseException:  # cancelled while it was pinged
-            self._do_return_conn(slot)
+            if slot is None:
+                assert caller is not None
+                slot = self._queue_up(ledger, caller)
+            while not self._is_ready(slot, account):
+                caller = caller or self._caller(task)
+                if self._open(ledger, slot, caller):
+                    break
+                slot = self._wait(ledger, caller)
+        except BaseException as error:
+            self._tell_wait(caller, account, error)
             raise
+        self._tell_wait(caller, account, None)
         return slot
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
@@ -218,12 +259,11 @@ class Pool(SQLAlchemyPool):
 
     def dispose(self) -> None:
         """Close what is idle; what is out now is closed when it comes back."""
-        self._leave_to_the_parent()
         with self._lock:
-            self._forget_closed_loops()  # nothing of theirs can be awaited here
+            self._forget_closed_loop()  # nothing of its can be awaited here
             self.generation += 1
-            idle = [(loop, slot) for loop, ledger in self._ledgers.items() for slot in ledger.clear_idle()]
-        for loop, slot in idle:
+            loop, idle = self._loop, self._ledger.clear_idle()
+        for slot in idle:
             if loop is current_loop():
                 slot.close()
             else:
@@ -239,8 +279,7 @@ class Pool(SQLAlchemyPool):
             disposed, self._disposed = self._disposed, False
             if not disposed:
                 self.generation += 1
-                for ledger in self._ledgers.values():
-                    ledger.clear_idle()
+                self._ledger.clear_idle()
         return self
 
     def status(self) -> str:
@@ -251,35 +290,29 @@ class Pool(SQLAlchemyPool):
     # What the rest of stanch calls ----------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """The counts of this moment, over all event loops."""
-        empty = Stats(
-            pool_size=self._settings.pool_size,
-            max_overflow=self._settings.max_overflow,
-            in_use=0,
-            idle=0,
-            waiting=0,
-        )
+        """The counts of this moment."""
         with self._lock:
-            return sum((ledger.stats() for ledger in self._living()), start=empty)
+            self._forget_closed_loop()
+            return self._ledger.stats()
 
     def held(self) -> list[Checkout]:
-        """All that is out now, over all event loops."""
+        """All that is out now, longest held first."""
         with self._lock:
-            return [checkout for ledger in self._living() for _, checkout in ledger.held()]
+            self._forget_closed_loop()
+            return [checkout for _, checkout in self._ledger.held()]
 
     def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
-        """What *task* has held for longest on the running loop, or None."""
-        ledger = self._ledger_of_this_loop()
+        """What *task* has held for longest, or None."""
         with self._lock:
-            return ledger.held_by(task)
+            return self._ledger.held_by(task)
 
     def sever_held(self) -> None:
         """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""
         now = time.monotonic()
         with self._lock:
-            self._forget_closed_loops()
-            held = [(loop, *entry) for loop, ledger in self._ledgers.items() for entry in ledger.held()]
-        for loop, slot, checkout in held:
+            self._forget_closed_loop()
+            loop, held = self._loop, [*self._ledger.held()]
+        for slot, checkout in held:
             _where_it_lives(loop, self._sever, slot)
             self._observers.tell(
                 StillHeld(
@@ -292,6 +325,16 @@ class Pool(SQLAlchemyPool):
                 )
             )
 
+    def refuse_early(self) -> None:
+        """Raise ``PoolOverloaded`` if a caller who came now would not be let wait; for one who has done nothing yet."""
+        ledger = self._ledger
+        if ledger.has_queue:  # nobody is refused while nobody waits
+            with self._lock:
+                refusal = ledger.refusal()
+            if refusal is not None:
+                self._instruments.meter.waited(0.0, "refused", None)
+                raise self._overloaded(ledger, refusal)
+
     def open_beside(self) -> DBAPIConnection:
         """A new connection beside the pool, which may be full: not on the books, and the caller's to close."""
         return self._invoke_creator(None)  # type: ignore[arg-type]  # what it is for is nobody's entry
@@ -299,11 +342,16 @@ class Pool(SQLAlchemyPool):
     def within_connect_timeout(self, slot: Slot, connect: Callable[[], DBAPIConnection]) -> DBAPIConnection:
         """*connect*, with what SQLAlchemy and listeners ask of a new connection: the driver bounds only its opening."""
         timeout = within(2 * self._settings.connect_timeout)
-        alarm = asyncio.get_running_loop().call_later(timeout, self._sever, slot)
+        # A thread's driver keeps the time itself.
+        alarm = asyncio.get_running_loop().call_later(timeout, self._sever, slot) if self._is_async else None
         due = time.monotonic() + timeout
         try:
             return connect()
         except Exception as error:
+            if not self._is_async and isinstance(error, self._driver_errors):
+                from stanch.drivers.base import unavailable  # noqa: PLC0415  # drivers load it, and failures need it
+
+                raise unavailable([("the server", error)], self._settings.connect_timeout) from error
             if time.monotonic() < due:
                 failure = None if isinstance(error, SQLAlchemyError) else classify(error)
                 if failure is None or failure.kind is not FailureKind.UNAVAILABLE:
@@ -321,12 +369,26 @@ class Pool(SQLAlchemyPool):
                 ],
             ) from error
         finally:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()
+
+    @property
+    def _driver_errors(self) -> tuple[type[Exception], ...]:
+        """What a driver that is not async raises when it cannot connect."""
+        errors: Any = cast("Dialect", self._dialect).dbapi
+        return OSError, errors.OperationalError
+
+    def recycle_at(self) -> float:
+        """When a connection that is opened now shall be replaced (monotonic seconds)."""
+        recycle = self._settings.pool_recycle
+        if recycle < 0:
+            return math.inf
+        return time.monotonic() + recycle * (1 - random.uniform(0, _RECYCLE_JITTER))  # noqa: S311  # jitter
 
     def opened(self, ledger: Ledger[Slot], seconds: float) -> None:
-        """A connection is ready for use after *seconds*: whoever waited for the first one may open another."""
+        """A connection is ready for use after *seconds*: whoever waited for that may open another."""
         self._instruments.meter.opened(seconds)
-        if ledger.is_opening:
+        if not ledger.is_open:
             with self._lock:
                 ledger.open_up(new=lambda: Slot(self, ledger))
 
@@ -344,9 +406,8 @@ class Pool(SQLAlchemyPool):
     def hand_out(self, slot: Slot) -> None:
         """*slot* has its connection and goes to whoever is on the stack."""
         checkout = slot.entry = slot.ledger.checkout(slot)
-        sweep = self._sweeps.get(slot.ledger)
-        if sweep is not None:
-            sweep.begin()
+        if self._sweep is not None:
+            self._sweep.begin()
         self._instruments.meter.taken(checkout)
 
     def _take_in(self, slot: Slot, checkout: Checkout, now: float) -> None:
@@ -360,31 +421,52 @@ class Pool(SQLAlchemyPool):
             self._tracker.returned(checkout, held)
         self._instruments.meter.returned(checkout, held)
 
-    # Books of the running loop --------------------------------------------------------------------------
+    # The books, of one loop -----------------------------------------------------------------------------
+
+    def _new_ledger(self) -> Ledger[Slot]:
+        settings = self._settings
+        admission: Admission | None = None
+        if settings.queue_target is not None:
+            admission = QueueTime(target=settings.queue_target, interval=settings.queue_interval)
+        return Ledger(
+            pool_size=settings.pool_size,
+            max_overflow=settings.max_overflow,
+            clock=time.monotonic,
+            keeps_idle=settings.keeps_idle,
+            lifo=settings.pool_use_lifo,
+            max_waiting=settings.max_waiting,
+            admission=admission,
+        )
 
     def _ledger_of_this_loop(self) -> Ledger[Slot]:
-        loop = asyncio.get_running_loop()
-        latest_loop, latest = self._latest
-        if latest_loop is loop and latest is not None:
-            return latest
-        with self._lock:
-            self._forget_closed_loops()
-            ledger = self._ledgers.get(loop)
-            if ledger is None:
-                ledger = self._ledgers[loop] = Ledger(
-                    pool_size=self._settings.pool_size,
-                    max_overflow=self._settings.max_overflow,
-                    clock=time.monotonic,
-                    keeps_idle=self._settings.keeps_idle,
-                )
-                self._watch_over(ledger, loop)
-            self._latest = (loop, ledger)
-        return ledger
+        if self._is_async:
+            loop = asyncio.get_running_loop()
+            if loop is not self._loop:
+                self._move_to(loop)
+        return self._ledger
 
-    def _watch_over(self, ledger: Ledger[Slot], loop: asyncio.AbstractEventLoop) -> None:
-        """Have somebody look for what does not come back to *ledger*, if that is wanted."""
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            self._forget_closed_loop()
+            stats = self._ledger.stats()
+            if stats.size or stats.waiting:
+                raise SecondEventLoop(
+                    f"database {self._database!r} is in use on another event loop, which is alive"
+                    f" (thread {self._thread!r}, in_use {stats.in_use}, idle {stats.idle}): its connections"
+                    " belong to that one",
+                    remedies=[
+                        "Close the database there first: await db.close(); or close that loop, as asyncio.run() does.",
+                        "Or give this loop a Database of its own, from the same URL.",
+                    ],
+                )
+            self._ledger = self._new_ledger()
+            self._sweep = self._sweep_of(self._ledger, loop)
+            self._loop, self._thread = loop, threading.current_thread().name
+
+    def _sweep_of(self, ledger: Ledger[Slot], loop: asyncio.AbstractEventLoop) -> Sweep | None:
+        """Who looks for what does not come back to *ledger*, if that is wanted."""
         if self._settings.leak_after is None:
-            return
+            return None
 
         def held() -> list[Checkout]:
             with self._lock:
@@ -401,7 +483,7 @@ class Pool(SQLAlchemyPool):
                 return "idle"
             return "idle in transaction"
 
-        self._sweeps[ledger] = Sweep(
+        return Sweep(
             loop,
             self._settings.leak_after,
             held=held,
@@ -410,75 +492,160 @@ class Pool(SQLAlchemyPool):
             database=self._database,
         )
 
-    def _leave_to_the_parent(self) -> None:
-        """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
-        if os.getpid() == self._pid:
+    def _forget_closed_loop(self) -> None:
+        """Drop the connections of a loop that was closed; the next loop begins a new generation."""
+        if self._loop is None or not self._loop.is_closed():
             return
-        self._pid = os.getpid()
+        ledger = self._ledger
+        self._ledger, self._loop, self._sweep = self._new_ledger(), None, None
+        self.generation += 1
+        # Nobody can return what is out there: a return awaits, and that loop runs no more.
+        for slot in (*ledger.clear_idle(), *(slot for slot, _ in ledger.held())):
+            if slot.dbapi_connection is not None:
+                self._drop(slot)
+
+    def leave_to_the_parent(self) -> None:
+        """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
         # Another thread of the parent's may have held the lock; here it would never let go.
         self._lock = threading.RLock()
-        self._of_the_parent += self._ledgers.values()
-        self._ledgers, self._latest = {}, (None, None)
-        self._sweeps = {}
+        self._of_the_parent.append(self._ledger)
+        self._ledger, self._loop, self._sweep = self._new_ledger(), None, None
+        self.generation += 1
 
-    def _living(self) -> list[Ledger[Slot]]:
-        self._leave_to_the_parent()
-        return [ledger for loop, ledger in self._ledgers.items() if not loop.is_closed()]
+    # Opening --------------------------------------------------------------------------------------------
 
-    def _forget_closed_loops(self) -> None:
-        self._leave_to_the_parent()
-        for loop in [loop for loop in self._ledgers if loop.is_closed()]:
-            ledger = self._ledgers.pop(loop)
-            self._sweeps.pop(ledger, None)
-            # Nobody can return what is out there: a return awaits, and that loop runs no more.
-            for slot in (*ledger.clear_idle(), *(slot for slot, _ in ledger.held())):
-                if slot.dbapi_connection is not None:
-                    self._drop(slot)
+    def _open(self, ledger: Ledger[Slot], slot: Slot, caller: _Caller) -> bool:
+        """Whether *slot* could be opened; if not, it has left the books, and its *caller* waits again."""
+        with self._lock:
+            if not ledger.may_open(slot):
+                ledger.stand_back(slot, caller.waiter)
+                return False
+        try:
+            slot.get_connection()
+        except BaseException as error:
+            if slot.dbapi_connection is not None:  # open, and not ready for use
+                self._drop(slot)
+            if isinstance(error, DatabaseUnavailable) and self._is_to_wait(ledger, slot, caller, error):
+                return False
+            if ledger.holds(slot):
+                self._do_return_conn(slot)
+            raise
+        return True
+
+    def _is_to_wait(
+        self, ledger: Ledger[Slot], slot: Slot, caller: _Caller, error: DatabaseUnavailable
+    ) -> bool:
+        """Whether *caller*, whom the server has turned away, waits for room or for what is out; else he is told."""
+        deadline = in_force()
+        if deadline is not None and deadline.has_passed:
+            return False  # it was he who had no time left, and nothing was learned of the server
+        with self._lock:
+            others = sum(1 for other, _ in ledger.held() if other is not slot and self._lives(other))
+            return ledger.turned_away(slot, caller.waiter, Trouble.of(error), others=others)
+
+    def _lives(self, slot: Slot) -> bool:
+        if slot.dbapi_connection is None:
+            return False
+        # What another thread is using must not be looked at.
+        return not (self._is_async and self._driver.looks_dead(slot.driver_connection))
 
     # Waiting --------------------------------------------------------------------------------------------
 
-    def _wait_on(
-        self, ledger: Ledger[Slot], task: asyncio.Task[object] | None, account: Account | None
-    ) -> Slot:
-        """As ``_wait``, and it is told how long that was."""
-        began = time.monotonic()
-        end: WaitEnd = "cancelled"
-        try:
-            slot = self._wait(ledger, task)
-            end = "served"
-        except (PoolExhausted, DatabaseUnavailable):
-            end = "timeout"
-            raise
-        finally:
-            waited = time.monotonic() - began
-            if account is not None:
-                account.waited += waited
-            self._instruments.meter.waited(waited, end, account)
-        return slot
+    def _queue_up(self, ledger: Ledger[Slot], caller: _Caller) -> Slot:
+        with self._lock:  # one step: on another thread a connection may have come back just now
+            slot = ledger.take(caller.waiter.task, new=lambda: Slot(self, ledger))
+            if slot is not None:
+                return slot
+            refusal = ledger.refusal()
+            if refusal is None:
+                ledger.enqueue(caller.waiter)
+        if refusal is not None:
+            raise self._overloaded(ledger, refusal)
+        return self._wait(ledger, caller)
 
-    def _wait(self, ledger: Ledger[Slot], task: asyncio.Task[object] | None) -> Slot:
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
-        waiter = Waiter[Slot](task, wake=lambda: _wake(loop, turn))
-        with self._lock:
-            ledger.enqueue(waiter)
-        alarm = loop.call_later(within(self._settings.pool_timeout), _resolve, turn)
+    def _caller(self, task: asyncio.Task[object] | None) -> _Caller:
+        return _Caller(task, self._turn(), self._settings.pool_timeout)
+
+    def _tell_wait(
+        self, caller: _Caller | None, account: Account | None, error: BaseException | None
+    ) -> None:
+        """Put on *account*, and tell the meter, how long *caller* was in the queue; None did not have to wait."""
+        waited = 0.0 if caller is None else caller.waited
+        end: WaitEnd = "served"
+        match error:
+            case None:
+                pass
+            case PoolOverloaded():
+                end = "refused"
+            case _ if not waited:
+                return  # it was no wait that failed
+            case PoolExhausted() | DatabaseUnavailable():
+                end = "timeout"
+            case _:
+                end = "cancelled"
+        if account is not None:
+            account.waited += waited
+        self._instruments.meter.waited(waited, end, account)
+
+    def _wait(self, ledger: Ledger[Slot], caller: _Caller) -> Slot:
+        waiter, began = caller.waiter, time.monotonic()
         try:
-            await_only(turn)
+            while True:
+                with self._lock:
+                    look_again = ledger.look(waiter, new=lambda: Slot(self, ledger))
+                now = time.monotonic()
+                # While the server is away, somebody has tried again by then, or is at it and has no answer yet.
+                due = min(caller.due, waiter.since + PROBE_INTERVAL) if ledger.is_away else caller.due
+                patience = within(due - now)
+                if waiter.is_over or patience <= 0:
+                    break
+                caller.turn.wait(
+                    patience if look_again is None else max(0.0, min(patience, look_again - now))
+                )
         except BaseException:
             # Cancelled: a slot may have been handed over in the same moment, so it is passed on, not lost.
             self._give_up(ledger, waiter)
             raise
         finally:
-            alarm.cancel()
+            caller.waited += time.monotonic() - began
         deadline = in_force()
         # A turn that comes at the deadline is passed on at once: a connect begun now would only hold up the next.
         if waiter.slot is None or (deadline is not None and deadline.has_passed):
-            error = self._exhausted(ledger)
+            error = self._left_empty(ledger, waiter)
             self._give_up(ledger, waiter)
             # A connection that came free between the alarm and here was ours; it has gone to the next.
             raise error
         return waiter.slot
+
+    def _left_empty(self, ledger: Ledger[Slot], waiter: Waiter[Slot]) -> PoolExhausted | DatabaseUnavailable:
+        if waiter.refusal is not None:
+            return self._overloaded(ledger, waiter.refusal)
+        trouble = waiter.trouble or ledger.trouble
+        if trouble is not None and not trouble.is_full:
+            return trouble.told()
+        error = self._exhausted(ledger)
+        if trouble is not None:
+            figures, line, holders = error.what.partition("\n")
+            error.what = (
+                f"{figures}; the server has no room for another connection: {trouble.what}{line}{holders}"
+            )
+            error.__cause__ = trouble.cause
+        return error
+
+    def _overloaded(self, ledger: Ledger[Slot], refusal: Refusal) -> PoolOverloaded:
+        now = time.monotonic()
+        with self._lock:
+            stats = ledger.stats()
+            held = [checkout for _, checkout in ledger.held()]
+        return PoolOverloaded(
+            f"refused, for others wait already (in_use {stats.in_use} of {stats.bound}, waiting {refusal.waiting},"
+            f" the first for {refusal.waited:.2f} s): {refusal.reason}{lines_of(held, now)}",
+            remedies=[
+                "Let the client try again later: the reply is 503 with Retry-After.",
+                *remedies_for(held, now),
+                f"Raise {self._sized_by}, if the server has room; for work that can wait, queue_target=None.",
+            ],
+        )
 
     def _give_up(self, ledger: Ledger[Slot], waiter: Waiter[Slot]) -> None:
         with self._lock:
@@ -511,19 +678,34 @@ class Pool(SQLAlchemyPool):
 
     # Judging --------------------------------------------------------------------------------------------
 
+    def _is_ready(self, slot: Slot, account: Account | None) -> bool:
+        """Whether *slot*, now on *account*, is open and may be handed out; a connection that may not is cut off."""
+        try:
+            checkout = slot.ledger.checkout(slot)
+            checkout.account = account
+            self._tracker.taken(checkout)
+            if slot.dbapi_connection is None:
+                return False
+            if self._fit(slot) and self._answers(slot):
+                return True
+            self._drop(slot)
+        except BaseException:  # cancelled while it was pinged
+            self._do_return_conn(slot)
+            raise
+        return False
+
     def _fit(self, slot: Slot) -> bool:
         """Whether an idle connection may be handed out: asked without a round trip."""
-        recycle = self._settings.pool_recycle
         return (
             slot.generation == self.generation
-            and not (0 <= recycle < time.monotonic() - slot.opened_at)
+            and time.monotonic() < slot.recycle_at
             and not self._driver.looks_dead(slot.driver_connection)
         )
 
     def _answers(self, slot: Slot) -> bool:
         """Whether a connection that nobody has used for ``ping_after`` seconds still does; the others are believed."""
-        patience = self._settings.ping_after
-        if self._settings.pool_pre_ping or not 0 < patience <= time.monotonic() - slot.idle_since:
+        patience = 0.0 if self._settings.pool_pre_ping else self._settings.ping_after
+        if not 0 <= patience <= time.monotonic() - slot.idle_since:
             return True
         assert slot.dbapi_connection is not None
         with suppress(Exception):  # whatever it is: a connection that cannot be asked is replaced
@@ -605,21 +787,29 @@ def _everybody() -> None:
     """Nothing speaks against a checkout."""
 
 
-def _where_it_lives(loop: asyncio.AbstractEventLoop, cut: Callable[[Slot], None], slot: Slot) -> None:
+_pools: Final[WeakSet[Pool]] = WeakSet()
+"""Those that a forked child begins anew; one that nobody uses any more is no concern of it."""
+
+
+def _survive_forks(pool: Pool) -> None:
+    if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+        _register_once()
+    _pools.add(pool)
+
+
+@cache
+def _register_once() -> None:
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _begin_anew() -> None:
+    for pool in _pools:
+        pool.leave_to_the_parent()
+
+
+def _where_it_lives(loop: asyncio.AbstractEventLoop | None, cut: Callable[[Slot], None], slot: Slot) -> None:
     """Cut a connection off on the thread of its loop: only there may the sockets of a running loop be touched."""
-    if loop is current_loop() or not loop.is_running():
+    if loop is None or loop is current_loop() or not loop.is_running():
         cut(slot)
     else:
         loop.call_soon_threadsafe(cut, slot)
-
-
-def _wake(loop: asyncio.AbstractEventLoop, turn: asyncio.Future[None]) -> None:
-    if current_loop() is loop:
-        _resolve(turn)
-    else:  # the garbage collector on another thread, where a future of this loop must not be touched
-        loop.call_soon_threadsafe(_resolve, turn)
-
-
-def _resolve(turn: asyncio.Future[None]) -> None:
-    if not turn.done():
-        turn.set_result(None)

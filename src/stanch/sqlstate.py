@@ -53,16 +53,25 @@ LOCK_NOT_AVAILABLE: Final = "55P03"
 QUERY_CANCELED: Final = "57014"
 IDLE_IN_TRANSACTION_TIMEOUT: Final = "25P03"
 TRANSACTION_TIMEOUT: Final = "25P04"
+TOO_MANY_CONNECTIONS: Final = "53300"
 
 _CONFLICTS: Final = frozenset({"23503", "23505", "23P01"})
 _INVALID: Final = frozenset({"23502", "23514", "22001", "22003", "22007", "22008", "22021", "22P02"})
 _CONTENTION: Final = frozenset({SERIALIZATION_FAILURE, DEADLOCK_DETECTED})
 _TIMEOUTS: Final = frozenset({LOCK_NOT_AVAILABLE, QUERY_CANCELED})
 _GONE: Final = frozenset(
-    {"57P01", "57P02", "57P03", "57P05", "53300", IDLE_IN_TRANSACTION_TIMEOUT, TRANSACTION_TIMEOUT}
+    {
+        "57P01",
+        "57P02",
+        "57P03",
+        "57P05",
+        TOO_MANY_CONNECTIONS,
+        IDLE_IN_TRANSACTION_TIMEOUT,
+        TRANSACTION_TIMEOUT,
+    }
 )
 """Terminated by an administrator, by a crash, starting up, idle too long, too many connections."""
-_SHUT_OUT: Final = frozenset({"53300", "57P03"})
+_SHUT_OUT: Final = frozenset({TOO_MANY_CONNECTIONS, "57P03"})
 """Of those: refused before there was a connection."""
 
 _GOING: Final = frozenset({"57P01", "57P02", "57P03"})

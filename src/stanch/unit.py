@@ -236,7 +236,8 @@ class Unit:
     async def session(self, database: Database[Any], wish: Wish) -> AsyncSession:
         """The unit's session of *database*: made on the first wish, joined by the later ones.
 
-        It holds no connection until its first statement.
+        It holds no connection until its first statement. ``PoolOverloaded`` if whoever asked for one now would be
+        refused.
         """
         if self.kind is Kind.WEBSOCKET and wish.mode is Mode.AUTO:
             # Another socket's broadcast passes through this socket's send: no message can mean "commit".
@@ -250,6 +251,9 @@ class Unit:
             wish = replace(wish, deadline=earlier(self.deadline, wish.deadline))
         charge = self._charges.get(id(database))
         if charge is None:
+            database.refuse_overload(
+                reads=wish.reads_alone
+            )  # now, before anything was done that would be in vain
             charge = self._charges[id(database)] = Charge(database, wish, self.holder)
         else:
             await charge.join(wish)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from stanch import Database
-from stanch.errors import ConfigError, DatabaseUnavailable
+from stanch.errors import ConfigError, DatabaseUnavailable, SecondEventLoop
 from stanch.fastapi import ReaderDep, SessionDep, add_exception_handlers, install, provide_session
 from tests.requests.shop import Shop, call, doom, write_order
 from tests.support.judge import assert_nothing_left
@@ -345,18 +345,19 @@ async def test_two_test_clients_one_after_the_other_are_two_loops(each_shop: Sho
     await each_shop.assert_disconnected()
 
 
-async def test_two_test_clients_at_once_are_two_loops_with_a_pool_each(each_shop: Shop) -> None:
+async def test_a_second_test_client_beside_the_first_is_told_that_the_connections_are_not_its(
+    each_shop: Shop,
+) -> None:
     add_endpoints(each_shop.app)
 
     def use() -> list[int]:
-        with TestClient(each_shop.app) as one, TestClient(each_shop.app) as other:
-            return [
-                client.post(f"/orders/{number}").status_code
-                for number, client in enumerate((one, other, one, other))
-            ]
+        with TestClient(each_shop.app) as one:
+            with pytest.raises(SecondEventLoop, match="'main' is in use on another event loop"):
+                TestClient(each_shop.app).post("/orders/0")
+            return [one.post(f"/orders/{number}").status_code for number in (1, 2)]
 
-    assert await asyncio.to_thread(use) == [201] * 4
-    assert await each_shop.orders() == [0, 1, 2, 3]
+    assert await asyncio.to_thread(use) == [201] * 2
+    assert await each_shop.orders() == [1, 2]
 
 
 async def test_a_failed_commit_is_a_reply_to_a_test_client_too(shop: Shop) -> None:

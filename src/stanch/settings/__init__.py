@@ -66,9 +66,22 @@ class Settings(Value, kw_only=True):
       PgBouncer, which drops that parameter, and not for SQLite, where every connection can be told so.
     - ``pool_timeout`` = 5 s: how long a caller waits for a connection. SQLAlchemy's 30 s is longer than
       most clients, proxies and people wait, so the answer would reach nobody, and meanwhile queues.
-    - ``pool_recycle`` = 1800 s: a connection older than this is replaced when it is next taken. Half an
-      hour is within the idle time of common firewalls and moves the pool after a change of address or
-      password, and costs one connect per connection and half hour. -1 is never.
+    - ``queue_target`` = 0.08 s, ``queue_interval`` = 0.1 s: when callers have waited longer than the first for all
+      of the second, and ever more come, newcomers are refused at once (``PoolOverloaded``, 503 with
+      ``Retry-After``), until nobody had to be for an interval; as many as can be served within the target go on
+      waiting. Without that, load beyond capacity makes everybody wait until clients have given up, and the work is
+      done for nobody. 0.08 s, because with work of 0.1 s even the slowest replies then come within a quarter of a
+      second, at twice and at four times the capacity; 0.1 s, because that is longer than a hiccup of the event loop.
+      A burst that is being served, a crowd of constant size, and a queue of ten or of twice the connections make
+      nobody be refused. None refuses nobody.
+    - ``max_waiting`` = None: how many may wait at most; one more is refused at once. None because the right
+      number follows from the time a wait may take, which is bounded already; a number also bounds a burst.
+    - ``pool_use_lifo`` = False: the connection that was idle for longest is taken next, so that all stay in use; as
+      SQLAlchemy. True takes the one that came back last, so that a firewall or the server may end the others.
+    - ``pool_recycle`` = 1800 s: a connection of that age is replaced when it is next taken, each at a moment of its own
+      within the last tenth of it, so that they do not all go at once. Half an hour is within the idle time of common
+      firewalls and moves the pool after a change of address or password, and costs one connect per connection and half
+      hour. -1 is never.
     - ``pool_pre_ping`` = False: the pool asks the driver's socket at each checkout, which sees a closed
       connection without a round trip; a ping sees no more unless something between is silent.
     - ``ping_after`` = 30 s: a connection that was idle for longer is pinged once when it is next taken, within
@@ -155,6 +168,10 @@ class Settings(Value, kw_only=True):
     max_overflow: int = 10
     reader_pool_size: int | None = None
     pool_timeout: float = 5.0
+    max_waiting: int | None = None
+    queue_target: float | None = 0.08
+    queue_interval: float = 0.1
+    pool_use_lifo: bool = False
     pool_recycle: float = 1800.0
     pool_pre_ping: bool = False
     ping_after: float = 30.0
@@ -380,6 +397,10 @@ KINDS: Final[Mapping[str, Kind]] = {
     "max_overflow": Whole(0, 1000, "10"),
     "reader_pool_size": Whole(1, 1000, "10", optional=True),
     "pool_timeout": Seconds("5.0"),
+    "max_waiting": Whole(1, 1_000_000, "100", optional=True),
+    "queue_target": Seconds("0.08", optional=True),
+    "queue_interval": Seconds("0.1"),
+    "pool_use_lifo": Switch(),
     "pool_recycle": Seconds("1800", most=MONTH, never=True),
     "pool_pre_ping": Switch(),
     "ping_after": Seconds("30", most=MONTH, never=True),
@@ -447,7 +468,6 @@ _REFUSED: Final[Mapping[str, tuple[str, str]]] = {
         "stanch opens connections itself, bounded and watched",
         'Write connect_args={"async_creator_fn": function}: stanch calls it for each connection.',
     ),
-    "pool_use_lifo": _OWN_POOL,
     "pool_reset_on_return": ("a connection is always rolled back when it comes back", "Leave it out."),
     "echo_pool": ("the pool is stanch's own", "Watch it with db.observe(print)."),
     "pool_logging_name": ("the pool is stanch's own", "Watch it with db.observe(print)."),

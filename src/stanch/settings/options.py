@@ -41,6 +41,10 @@ class Options(EngineOptions, total=False):
     max_overflow: int
     reader_pool_size: int | None
     pool_timeout: float
+    max_waiting: int | None
+    queue_target: float | None
+    queue_interval: float
+    pool_use_lifo: bool
     pool_recycle: float
     pool_pre_ping: bool
     ping_after: float
