@@ -418,7 +418,7 @@ async def test_with_everything_off_nothing_is_timed_and_nobody_looks(
         account = session.sync_session.guard.account
         assert (account.statements, account.sql_time, account.shapes) == (0, 0.0, None)
         pool: Any = db.engine.sync_engine.pool
-        assert not pool._sweeps
+        assert pool._sweep is None
 
 
 async def test_who_measures_has_statements_timed_also_without_tracking(

@@ -74,7 +74,7 @@ def make(judged: FreshDatabase, driver: str, **settings: Any) -> tuple[Database[
 def is_watched(db: Database[Any]) -> bool:
     """Whether a timer looks at what is out."""
     pool: Any = db.engine.sync_engine.pool
-    return any(sweep._timer is not None for sweep in pool._sweeps.values())
+    return pool._sweep is not None and pool._sweep._timer is not None
 
 
 async def until_true(condition: Callable[[], bool], *, timeout: float = BOUND) -> None:
@@ -205,8 +205,7 @@ async def test_one_timer_looks_at_all_of_them(fresh_database: FreshDatabase, dri
         before = len(asyncio.all_tasks())
         holding = [asyncio.create_task(hold()) for _ in range(20)]
         await until_true(lambda: db.stats().in_use == 20)
-        pool: Any = db.engine.sync_engine.pool
-        assert len(pool._sweeps) == 1
+        assert is_watched(db)
         await asyncio.gather(*holding)
         assert len(asyncio.all_tasks()) == before
         await until_true(lambda: len(told.of(LeakReturned)) == len(told.of(ConnectionLeaked)))
@@ -317,7 +316,7 @@ async def test_a_dropped_session_was_a_leak_until_it_was_reclaimed(
 async def look_often(db: Database[Any], told: Told, *, times: int = 5) -> None:
     """Until the sweep has looked *times* times at what is out."""
     pool: Any = db.engine.sync_engine.pool
-    (sweep,) = pool._sweeps.values()
+    sweep = pool._sweep
     for _ in range(times):
         timer = sweep._timer
         await until_true(lambda timer=timer: sweep._timer is not timer)  # type: ignore[misc]  # bound at once
