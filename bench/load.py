@@ -169,7 +169,10 @@ def _serve(kind: Kind, url: str, settings: dict[str, Any], parent: Connection, *
     if timed:
         app.add_middleware(Stopwatch)
     config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
-    line = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    # asyncio leaves Nagle's algorithm on where a socket does not say that it is TCP: each reply would take 40 ms more.
+    line = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    line.bind(("127.0.0.1", 0))
+    line.listen(1024)
     _Server(config, parent).run(sockets=[line])
 
 
