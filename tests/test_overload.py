@@ -3,6 +3,8 @@
 What is overload must be refused; what only looks like it (a burst, a crowd of constant size, slow work) must not be.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -15,6 +17,7 @@ import pytest
 from sqlalchemy.util import greenlet_spawn
 
 from stanch.errors import DatabaseUnavailable, PoolExhausted, PoolOverloaded
+from stanch.ledger import Waiter
 from tests.support.simulation import Server, make_pool, simulate
 
 if TYPE_CHECKING:
@@ -193,3 +196,25 @@ def test_who_would_be_one_more_than_max_waiting_is_refused_at_once() -> None:
         pool.refuse_early()
 
     assert played(scene, max_waiting=4).outcomes == {"in time": 4}
+
+
+def test_who_waited_on_another_loop_is_no_reason_to_refuse() -> None:
+    """As where a test client left a request behind: its loop is closed, and its place in the queue with it."""
+    pools: list[Pool] = []
+
+    async def leave_somebody(pool: Pool, _served: Served, _chance: random.Random) -> None:
+        pools.append(pool)
+        fairy: Any = await greenlet_spawn(pool.connect)
+        pool._ledger.enqueue(Waiter(None, wake=lambda: None))
+        with pytest.raises(PoolOverloaded):
+            pool.refuse_early()
+        fairy.detach()
+
+    async def ask_anew(_pool: Pool, _served: Served, _chance: random.Random) -> None:
+        pools[0].refuse_early()
+        fairy: Any = await greenlet_spawn(pools[0].connect)
+        fairy.close()
+
+    played(leave_somebody, pool_size=1, max_waiting=1)
+    played(ask_anew)
+    assert (pools[0].stats().in_use, pools[0].stats().waiting) == (0, 0)

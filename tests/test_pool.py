@@ -12,6 +12,7 @@ import select
 import signal
 import threading
 import time
+import weakref
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -843,6 +844,15 @@ def test_a_forked_child_neither_uses_severs_nor_closes_its_parents_connections(
     assert _gone_from(postgres, pid)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_pool_that_nobody_uses_any_more_is_collected(postgres: EmbeddedPostgres, driver: str) -> None:
+    """What a fork must begin anew is remembered, and kept alive by nobody."""
+    db: Database[Any] = Database(postgres.url(driver))
+    pool = weakref.ref(db.engine.sync_engine.pool)
+    del db
+    gc.collect()
+    assert pool() is None
 
 
 # Kinds of pool ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ to more than two places for each connection. So a burst that is being served, a 
 a few are waited for, and load that exceeds what can be served is seen about when lateness has doubled.
 
 While refusing, as many may wait as were lately served within the time that a wait may take; the others are told at
-once. It ends when nobody had to be refused for an interval.
+once. It ends when nobody had to be refused for ten intervals: chance alone leaves one without.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from stanch.values import Value
 
 FEW: Final = 10
 """So many may wait in any case: twice the connections of the smallest pools is less than one page asks for."""
+
+QUIET: Final = 10
+"""Intervals without a refusal, after which load and capacity agree again."""
 
 
 class Refusal(Value):
@@ -164,7 +167,7 @@ class QueueTime(Admission):
         return True
 
     def _end(self, now: float) -> None:
-        if now - self._refused_at >= self._interval:
+        if now - self._refused_at >= QUIET * self._interval:
             self.is_refusing, self._late_since = False, None
 
     def _served_in_time(self, now: float) -> int:

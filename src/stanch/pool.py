@@ -328,7 +328,8 @@ class Pool(SQLAlchemyPool):
     def refuse_early(self) -> None:
         """Raise ``PoolOverloaded`` if a caller who came now would not be let wait; for one who has done nothing yet."""
         ledger = self._ledger
-        if ledger.has_queue:  # nobody is refused while nobody waits
+        # Nobody is refused while nobody waits, or because of those who waited on a loop that is no more.
+        if ledger.has_queue and current_loop() is self._loop:
             with self._lock:
                 refusal = ledger.refusal()
             if refusal is not None:

@@ -68,7 +68,7 @@ class Settings(Value, kw_only=True):
       most clients, proxies and people wait, so the answer would reach nobody, and meanwhile queues.
     - ``queue_target`` = 0.08 s, ``queue_interval`` = 0.1 s: when callers have waited longer than the first for all
       of the second, and ever more come, newcomers are refused at once (``PoolOverloaded``, 503 with
-      ``Retry-After``), until nobody had to be for an interval; as many as can be served within the target go on
+      ``Retry-After``), until nobody had to be for ten intervals; as many as can be served within the target go on
       waiting. Without that, load beyond capacity makes everybody wait until clients have given up, and the work is
       done for nobody. 0.08 s, because with work of 0.1 s even the slowest replies then come within a quarter of a
       second, at twice and at four times the capacity; 0.1 s, because that is longer than a hiccup of the event loop.
