@@ -390,7 +390,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
     return kind(name, **{field: getattr(entry, field) for field in entry.__slots__})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     match value:
         case Distribution():
             quantiles = {f"p{share}": value.quantile(share / 100) for share in (50, 90, 99)}
