@@ -239,7 +239,7 @@ async def test_black_hole_on_an_idle_connection(rows: FreshDatabase, driver: str
                     await session.execute(WRITE)
             clock.assert_in_time()
             assert db.stats().in_use == 0
-        assert proxy.connections == 0
+        assert proxy.connections <= 1, "at most the request to stop the statement"
 
 
 async def test_black_hole_at_the_ping(rows: FreshDatabase, driver: str) -> None:

@@ -38,6 +38,7 @@ from stanch.readiness import until_it_answers
 from stanch.retry import Retry
 from stanch.sessions import Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
+from stanch.stopping import all_sent
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 
 if TYPE_CHECKING:
@@ -400,6 +401,7 @@ class Database(Gathering[S], Generic[S]):
         if "_equipped" in self.__dict__:
             for engine in self._equipped.engines:
                 await engine.dispose()
+        await all_sent()
 
     async def _all_returned(self) -> None:
         """Wait for sessions of the factory and users of the engine, which are on the pool's books alone."""

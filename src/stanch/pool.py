@@ -31,6 +31,7 @@ from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHe
 from stanch.ledger import Ledger, Stats, Waiter
 from stanch.session_state import CLEANING, INFO_KEY
 from stanch.sqlstate import Kind, classify
+from stanch.stopping import stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -233,13 +234,13 @@ class Pool(SQLAlchemyPool):
             return ledger.held_by(task)
 
     def sever_held(self) -> None:
-        """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""
+        """Cut off every connection that is out, and stop its statement; its holder is told as ``StillHeld``."""
         now = time.monotonic()
         with self._lock:
             self._forget_closed_loops()
             held = [(loop, *entry) for loop, ledger in self._ledgers.items() for entry in ledger.held()]
         for loop, slot, checkout in held:
-            _where_it_lives(loop, self._sever, slot)
+            _where_it_lives(loop, self._stop, slot)
             self._observers.tell(
                 StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
             )
@@ -284,6 +285,10 @@ class Pool(SQLAlchemyPool):
     def _sever(self, slot: Slot) -> None:
         if slot.dbapi_connection is not None:
             self._driver.sever(slot.driver_connection)
+
+    def _stop(self, slot: Slot) -> None:
+        if slot.dbapi_connection is not None:
+            stop(self._driver, slot.driver_connection)
 
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""

@@ -25,6 +25,7 @@ from stanch.errors import (
 from stanch.reading import READER_OPTION, refusal_by_server
 from stanch.redaction import redact
 from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
+from stanch.stopping import committing
 from stanch.watch import undisturbed
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class TransactionEnds:
         lost_before = self._driver.looks_dead(inner)
         timeout = within(self._settings.commit_timeout)
         try:
-            self._watch.run(self._commit, connection, connection=inner, timeout=timeout, what="COMMIT")
+            with committing(inner):
+                self._watch.run(self._commit, connection, connection=inner, timeout=timeout, what="COMMIT")
         except CommitRefused:
             raise
         except Exception as error:

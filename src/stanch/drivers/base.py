@@ -57,7 +57,7 @@ class Plan:
 class Driver(Protocol):
     """One database driver, as far as stanch must know it. It holds no state; *connection* is the driver's own.
 
-    ``sever``, ``looks_dead`` and ``is_idle`` never raise, never wait and never make a round trip.
+    ``sever``, ``sever_asking``, ``looks_dead`` and ``is_idle`` never raise, wait or make a round trip.
     """
 
     name: ClassVar[str]
@@ -81,6 +81,15 @@ class Driver(Protocol):
     def sever(self, connection: Any) -> None:
         """Cut *connection* off at once. Whoever waits for it gets the driver's ordinary disconnect error."""
         ...
+
+    def sever_asking(self, connection: Any) -> Callable[[], Awaitable[object]] | None:
+        """Sever *connection*, and return what then asks the server to end the statement that ran on it.
+
+        None where nothing ran, or where severing has ended it. The link itself stays open until the returned call has
+        ended, also by being cancelled: a pooler in between finds the statement by it.
+        """
+        self.sever(connection)
+        return None
 
     def looks_dead(self, connection: Any) -> bool:
         """Whether the other side is known to have gone. False is no promise: silence looks like life."""
@@ -110,6 +119,17 @@ class Driver(Protocol):
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         """Replace, on this engine's dialect, what the driver needs replaced. Opens nothing."""
         ...
+
+
+def second_link(descriptor: int) -> socket.socket:
+    """Another descriptor of the same socket: closing the first does not end the connection."""
+    return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+
+
+async def asked_over(link: socket.socket, ask: Callable[[], Awaitable[object]]) -> None:
+    """*ask*, and only then let go of *link*."""
+    with link:
+        await ask()
 
 
 class Attempt(Value):
