@@ -33,6 +33,7 @@ from stanch.errors import (
     CommitRefused,
     CommitUnknown,
     ConnectionCommitRefused,
+    DeadlinePassed,
     NotInstalled,
     SessionClosed,
     SessionOverlap,
@@ -399,7 +400,7 @@ class GuardedSession(Session):
     def _note_trouble(self, error: SQLAlchemyError) -> None:
         """Remember the first database error of a transaction; blame it for what fails because of it."""
         transaction = self.get_nested_transaction() or self.get_transaction()
-        if transaction is None or isinstance(error, StanchError):
+        if transaction is None or (isinstance(error, StanchError) and not isinstance(error, DeadlinePassed)):
             return
         if _is_consequence(error, transaction):
             if (trouble := self.trouble()) is not None:
@@ -412,7 +413,8 @@ class GuardedSession(Session):
                 ) from error
         elif isinstance(error, DBAPIError) and (frame := self.guard.hooks.frame(transaction)).trouble is None:
             state = sqlstate_of(error)
-            told = f"{type(error.orig).__name__}{f' ({state})' if state else ''}"
+            kind = error if isinstance(error, StanchError) else error.orig
+            told = f"{type(kind).__name__}{f' ({state})' if state else ''}"
             frame.trouble = f"{told} at {place_of_caller()}"
 
     # Private ----------------------------------------------------------------------------------------------

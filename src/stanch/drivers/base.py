@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from stanch.deadlines import Deadline
     from stanch.settings import Settings
 
 READ_ONLY_KEY: Final = "stanch.read_only"
@@ -247,7 +249,34 @@ def rides_on_begin(connection: Any) -> str:
     limit = left - min(_SERVER_FIRST, left / 10)
     if limit >= _statement_timeouts.get(connection, limit + 1):
         return ""
-    return f" SET LOCAL statement_timeout = {max(1, int(limit * 1000)):d};"
+    milliseconds = max(1, int(limit * 1000))
+    with suppress(TypeError):  # a proxy that takes no weak reference
+        _limits[connection] = deadline, time.monotonic() + milliseconds / 1000
+    return f" SET LOCAL statement_timeout = {milliseconds:d};"
+
+
+_limits: Final[WeakKeyDictionary[Any, tuple[Deadline, float]]] = WeakKeyDictionary()
+"""The deadline that rode on the BEGIN of a connection's transaction, and the moment before which it ends nothing."""
+
+
+def transaction_ended(connection: Any) -> None:
+    """What rode on the BEGIN of *connection* has ended with its transaction."""
+    if _limits:
+        with suppress(TypeError):
+            _limits.pop(connection, None)
+
+
+def deadline_that_ended_a_statement(connection: Any) -> Deadline | None:
+    """Whose limit it was, if the server has just ended a statement of *connection* because of its time.
+
+    By the clock, since by its SQLSTATE it could be anybody's: each statement has the whole limit, so the first of a
+    transaction cannot be ended by it any earlier.
+    """
+    try:
+        deadline, due = _limits.get(connection, (None, 0.0))
+    except TypeError:
+        return None
+    return deadline if time.monotonic() >= due else None
 
 
 def unavailable(failures: Sequence[tuple[str, Exception]], timeout: float) -> DatabaseUnavailable:
