@@ -244,6 +244,9 @@ class Database(Gathering[S], Generic[S]):
     async def session(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
         """A plain session. You commit; uncommitted work rolls back at the end, and a ``WorkDropped`` event says so.
 
+        Where only the server knows whether something was written (by a function, in ``text()`` that begins with WITH,
+        DDL) it is asked at the end, within ``close_timeout``: one round trip, in a case of doubt alone. If it cannot
+        answer, because the transaction has failed, what was executed counts as written.
         After the block the session is closed for good: using it raises ``SessionClosed``. *timeout* is as for
         ``transaction()``.
         """
