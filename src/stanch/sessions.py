@@ -141,9 +141,11 @@ class GuardedSession(Session):
             self._note_trouble(error)
             raise
         finally:
-            if guard.reading and guard.outermost:
-                self._end_reading()
-            guard.leave()
+            try:
+                if guard.reading and guard.outermost:
+                    self._end_reading()
+            finally:  # cancelled while the connection went back
+                guard.leave()
 
     def _note_text(self, sql: str) -> None:
         suspected = suspicion_by_words(sql)
@@ -553,7 +555,12 @@ class GuardedTransaction(SessionTransaction):
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
         with self._ending():
-            super().close(invalidate)
+            try:
+                super().close(invalidate)
+            except asyncio.CancelledError:
+                # It is raised behind a ROLLBACK that has run to its end, before the connection has gone back.
+                super().close(invalidate)
+                raise
 
     def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
         guard = cast("GuardedSession", self.session).guard
