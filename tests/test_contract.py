@@ -345,7 +345,7 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     assert callable(protocol.BaseProtocol.close_statement)
     asyncpg: Any = import_module("asyncpg")
     assert parameters(asyncpg.Connection._cancel_current_command)[:2] == ["self", "waiter"]
-    assert {"_transport", "_protocol", "_top_xact"} <= set(asyncpg.Connection.__slots__)
+    assert {"_transport", "_protocol", "_top_xact", "_addr", "_params"} <= set(asyncpg.Connection.__slots__)
     connect = import_module("asyncpg.connect_utils")
     import_module("stanch.drivers.asyncpg")
     asks = inspect.getsource(connect._create_ssl_connection)
@@ -354,6 +354,9 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     theirs = connect.TLSUpgradeProto.__base__
     assert theirs.__module__ == connect.__name__, "ours is put in the place of theirs"
     assert "self.on_data.set_exception(exc)" in inspect.getsource(theirs.connection_lost)
+    told = ["loop", "addr", "params", "backend_pid", "backend_secret"]
+    assert parameters(asyncpg.connect_utils._cancel) == told
+    assert {"backend_pid", "backend_secret"} <= calls(asyncpg.Connection._cancel)
     transaction = inspect.getsource(import_module("asyncpg.transaction"))
     assert "COMMIT;" in transaction
     assert "con._top_xact = self" in transaction
@@ -363,11 +366,15 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
 @pytest.mark.psycopg
 def test_psycopg_has_what_our_severing_uses() -> None:
     import psycopg
+    from psycopg import waiting
 
     assert isinstance(inspect.getattr_static(psycopg.AsyncConnection, "closed"), property)
     assert callable(psycopg.AsyncConnection.fileno)
     assert "self.lock" in inspect.getsource(psycopg.AsyncConnection.__init__)
     assert callable(psycopg.pq.PGconn.finish)
+    assert callable(psycopg.pq.PGconn.get_cancel)
+    assert {"cancel_conn", "start", "cancel"} <= calls(psycopg.AsyncConnection._cancel_gen)
+    assert parameters(waiting.wait_conn_async)[:2] == ["gen", "interval"]
 
 
 @pytest.mark.psycopg

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from stanch import (
+    CommitRefused,
     CommitUnknown,
     ConfigError,
     Database,
     DatabaseUnavailable,
     DeadlinePassed,
+    Failure,
     PoolExhausted,
     classify,
 )
 from stanch.deadlines import GRACE, Deadline, earlier, in_force, under, within
-from stanch.sqlstate import Kind
+from stanch.sqlstate import Kind, sqlstate_of
 from tests.support import cleaned
 from tests.support.judge import FreshDatabase, assert_nothing_left, until
 from tests.support.proxy import FaultProxy, Verdict, at_commit
@@ -42,7 +45,17 @@ SLACK = 0.5
 ONE = text("SELECT 1")
 WRITE = text("INSERT INTO rows VALUES (1)")
 SHOWN = text("SHOW statement_timeout")
+ENDED_BY_THE_SERVER = r" was ended by the server: the 0\.60 s of transaction\(timeout=\) were all but over"
 ASLEEP = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Slow(Base):
+    __tablename__ = "slow"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
 @pytest.fixture
@@ -190,16 +203,76 @@ async def test_a_living_server_ends_the_statement_first_and_the_connection_is_ke
 ) -> None:
     async with proxied(rows, driver) as (proxy, db):
         clock = Clock()
-        with pytest.raises(DBAPIError) as caught:
+        with pytest.raises(
+            DeadlinePassed, match=r"test_deadlines\.py:\d+ in test_\w+\(\)" + ENDED_BY_THE_SERVER
+        ) as caught:
             async with db.transaction(timeout=TIMEOUT) as session:
                 await session.execute(text("SELECT pg_sleep(20)"))
         clock.assert_in_time(TIMEOUT - SLACK)
-        failure = classify(caught.value)
-        assert failure is not None
-        assert (failure.kind, failure.sqlstate) == (Kind.TIMEOUT, "57014")
+        assert classify(caught.value) == Failure(Kind.TIMEOUT, "57014", disconnect=False)
+        assert sqlstate_of(caught.value.__cause__) == "57014"
         async with db.session() as session:
             await session.execute(ONE)
         assert proxy.connections == 0, "no new connection was needed"
+
+
+async def test_the_deadline_is_named_where_the_server_ends_the_flush_of_a_unit(
+    rows: FreshDatabase, driver: str
+) -> None:
+    """Nobody's line is on the stack then."""
+    await rows.execute("""
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(20); RETURN NULL; END';
+        CREATE TABLE slow (id int PRIMARY KEY);
+        CREATE TRIGGER slowly AFTER INSERT ON slow FOR EACH ROW EXECUTE FUNCTION dawdle();
+    """)
+    async with proxied(rows, driver) as (proxy, db):
+        with pytest.raises(DeadlinePassed, match="^a statement" + ENDED_BY_THE_SERVER):
+            async with db.transaction(timeout=TIMEOUT) as session:
+                session.add(Slow(id=1))
+        assert proxy.connections == 0
+    assert await rows.fetchval("SELECT count(*) FROM slow") == 0
+
+
+async def test_a_statement_that_somebody_else_cancels_is_not_the_deadlines(
+    rows: FreshDatabase, driver: str
+) -> None:
+    async with proxied(rows, driver) as (_, db):
+        with pytest.raises(DBAPIError) as caught:
+            async with db.transaction(timeout=20) as session:
+                running = asyncio.ensure_future(session.execute(text("SELECT pg_sleep(20)")))
+                [sleeper] = await until(rows, ASLEEP.replace("SELECT 1", "SELECT pid"))
+                await rows.execute(f"SELECT pg_cancel_backend({sleeper['pid']})")
+                await running
+        assert not isinstance(caught.value, DeadlinePassed)
+        assert sqlstate_of(caught.value) == "57014"
+
+
+async def test_a_limit_of_its_own_is_not_the_deadlines(rows: FreshDatabase, driver: str) -> None:
+    """A shorter statement_timeout, and one of an earlier unit on the same connection."""
+    async with proxied(rows, driver, statement_timeout=TIMEOUT, pool_size=1) as (proxy, db):
+        async with db.transaction(
+            timeout=TIMEOUT / 2
+        ) as session:  # its limit rode on BEGIN, and ended with it
+            await session.execute(ONE)
+        for opened in (db.transaction(timeout=20), db.session(), db.reader()):
+            with pytest.raises(DBAPIError) as caught:
+                async with opened as session:
+                    await session.execute(text("SELECT pg_sleep(20)"))
+            assert not isinstance(caught.value, DeadlinePassed)
+            assert sqlstate_of(caught.value) == "57014"
+        assert proxy.connections == 0
+
+
+async def test_a_swallowed_deadline_is_what_its_commit_is_refused_for(
+    rows: FreshDatabase, driver: str
+) -> None:
+    async with proxied(rows, driver) as (_, db):
+        with pytest.raises(CommitRefused, match=r"DeadlinePassed \(57014\) at test_deadlines\.py:\d+"):
+            async with db.transaction(timeout=TIMEOUT) as session:
+                await session.execute(WRITE)
+                with suppress(DeadlinePassed):
+                    await session.execute(text("SELECT pg_sleep(20)"))
+        assert await rows.fetchval("SELECT count(*) FROM rows") == 0
 
 
 # The black hole, at every state of the protocol -----------------------------------------------------------
@@ -240,7 +313,7 @@ async def test_black_hole_on_an_idle_connection(rows: FreshDatabase, driver: str
                     await session.execute(WRITE)
             clock.assert_in_time()
             assert db.stats().in_use == 0
-        assert proxy.connections == 0
+        assert proxy.connections <= 1, "at most the request to stop the statement"
 
 
 async def test_black_hole_at_the_ping(rows: FreshDatabase, driver: str) -> None:

@@ -2,9 +2,14 @@
 
 import asyncio
 import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
@@ -12,8 +17,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import StaticPool
 
-from stanch import Database
+from stanch import Database, atomic
 from stanch.fastapi import ReaderDep, SessionDep, install
+from tests.support.suspensions import cancelled_at, suspensions
 
 
 @pytest.fixture
@@ -137,3 +143,134 @@ async def test_two_requests_at_once_in_memory_share_no_transaction(
 
     assert sorted(reply.status_code for reply in replies) == [201, 400]
     assert names == ["good"]
+
+
+# Cancelled ------------------------------------------------------------------------------------------------
+
+FOR_EVER = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n"
+"""Nobody but an interrupt ends it."""
+ROW_BY_ROW = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 100000) SELECT x FROM n"
+
+
+@pytest.fixture
+async def memory() -> AsyncIterator[Database[Any]]:
+    async with Database("sqlite+aiosqlite:///:memory:") as db:
+        async with db.begin() as connection:
+            await connection.execute(text("CREATE TABLE users (id INTEGER PRIMARY KEY)"))
+            await connection.execute(text("INSERT INTO users VALUES (1)"))
+        yield db
+        async with db.session() as session:
+            assert await session.scalar(text("SELECT min(id) FROM users")) == 1, "the database is still there"
+        assert (db.stats().in_use, db.stats().idle) == (0, 1)
+
+
+async def _in_a_transaction(db: Database[Any]) -> None:
+    async with db.transaction() as session:
+        await session.execute(text("INSERT INTO users VALUES (2)"))
+        await session.execute(text(FOR_EVER))
+
+
+async def _in_a_reader(db: Database[Any]) -> None:
+    async with db.reader() as session:
+        await session.execute(text(FOR_EVER))
+
+
+async def _in_a_write(db: Database[Any]) -> None:
+    """SQLite rolls the whole transaction back when a write is interrupted."""
+    async with db.transaction() as session:
+        await session.execute(text(f"INSERT INTO users {FOR_EVER}"))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("scope", [False, True], ids=["task", "scope"])
+@pytest.mark.parametrize("work", [_in_a_transaction, _in_a_reader, _in_a_write])
+async def test_a_cancelled_statement_does_not_cost_the_database_in_memory(
+    memory: Database[Any], work: Callable[[Database[Any]], Coroutine[Any, Any, None]], scope: bool
+) -> None:
+    for _ in range(3):
+        began = time.monotonic()
+        if scope:
+            with anyio.move_on_after(0.1) as limit:
+                await work(memory)
+            assert limit.cancelled_caught
+        else:
+            task = asyncio.create_task(work(memory))
+            await asyncio.wait({task}, timeout=0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert time.monotonic() - began < 1.0, "it was interrupted, not waited for"
+        async with memory.session() as session:
+            assert (await session.scalars(text("SELECT id FROM users"))).all() == [1]
+
+
+@pytest.mark.anyio
+async def test_a_request_cut_off_at_any_suspension_does_not_cost_the_database_in_memory(
+    memory: Database[Any],
+) -> None:
+    async def write_and_read() -> None:
+        async with memory.transaction() as session:
+            await session.execute(text("INSERT INTO users VALUES (2)"))
+            await session.execute(text(ROW_BY_ROW))
+            raise LookupError
+
+    async def use() -> None:
+        with suppress(LookupError):
+            await write_and_read()
+        async with memory.reader() as session:
+            await session.execute(text("SELECT id FROM users"))
+
+    for point in range(1, await suspensions(use()) + 1):
+        await cancelled_at(use(), {point})
+        assert memory.stats().in_use == 0
+        async with memory.transaction() as session:
+            assert (await session.scalars(text("SELECT id FROM users"))).all() == [1], point
+            await session.execute(text("INSERT INTO users VALUES (3)"))
+            await session.execute(text("DELETE FROM users WHERE id = 3"))
+
+
+@pytest.mark.anyio
+async def test_outer_work_in_memory_goes_on_after_a_timeout_in_a_savepoint(memory: Database[Any]) -> None:
+    async with memory.transaction() as session:
+        await session.execute(text("INSERT INTO users VALUES (2)"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.1), atomic(session):
+                await session.execute(text("INSERT INTO users VALUES (3)"))
+                await session.execute(text(FOR_EVER))
+    async with memory.session() as session:
+        assert (await session.scalars(text("SELECT id FROM users"))).all() == [1, 2]
+
+
+@pytest.mark.anyio
+async def test_a_file_sees_what_others_wrote_after_a_cancelled_read(file: Path) -> None:
+    """A statement left open would keep the connection in the past, and refuse its next transaction."""
+    async with Database(f"sqlite+aiosqlite:///{file}", pool_size=1, max_overflow=0) as db:
+        for number in range(20):
+            with anyio.move_on_after(number / 2000):
+                async with db.session() as session:
+                    await session.execute(text(ROW_BY_ROW + " UNION ALL SELECT seen FROM users"))
+            other = sqlite3.connect(file, isolation_level=None)
+            other.execute("UPDATE users SET seen = ?", (number,))
+            other.close()
+            async with db.transaction() as session:
+                assert await session.scalar(text("SELECT seen FROM users")) == number
+                await session.execute(text("UPDATE users SET seen = seen"))
+
+
+@pytest.mark.anyio
+async def test_a_statement_that_no_interrupt_ends_costs_the_connection_in_bounded_time(file: Path) -> None:
+    stuck = threading.Event()
+    async with Database(f"sqlite+aiosqlite:///{file}", pool_size=1, max_overflow=0) as db:
+        session = db.session_factory()
+        raw = await (await session.connection()).get_raw_connection()
+        inner: Any = raw.driver_connection
+        await inner.create_function("wait_for_it", 0, lambda: stuck.wait(20))
+        began = time.monotonic()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await session.execute(text("SELECT wait_for_it()"))
+        assert 1.0 < time.monotonic() - began < 3.0
+        await session.close()
+        stuck.set()
+        async with db.session() as session:
+            assert await session.scalar(text("SELECT 42")) == 42

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from sqlalchemy import ColumnElement, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from stanch.callers import place_of_caller
@@ -21,14 +20,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
-    from stanch.sessions import GuardedSession
-
 P = ParamSpec("P")
 S = TypeVar("S", bound=AsyncSession)
-
-_TRANSACTION_ID: Final[ColumnElement[Any]] = literal_column("pg_current_xact_id_if_assigned()::text")
-"""PostgreSQL gives a transaction its id with the first thing that it writes."""
-
 
 # Blocks ---------------------------------------------------------------------------------------------------
 
@@ -200,7 +193,7 @@ async def release(session: AsyncSession) -> None:
             f"release() was called inside {owner}, whose end is still to come",
             remedies=["Call it outside the block."],
         )
-    if writes := await _writes_of(session, sync_session):
+    if writes := await session.run_sync(lambda _session: sync_session.lost_by_release()):
         raise UnsavedWrites(
             f"{sync_session.guard.holder} wants to give its connection back with uncommitted writes"
             f" ({', '.join(writes)})",
@@ -210,16 +203,6 @@ async def release(session: AsyncSession) -> None:
             ],
         )
     await run_to_completion(Ending(session).roll_back())
-
-
-async def _writes_of(session: AsyncSession, sync_session: GuardedSession) -> tuple[str, ...]:
-    certain, doubtful = sync_session.unsaved(), sync_session.doubts()
-    if certain or not doubtful or not sync_session.in_transaction_on_server():
-        return certain
-    if session.get_bind().dialect.name != "postgresql":
-        return doubtful
-    assigned = await session.scalar(select(_TRANSACTION_ID))
-    return doubtful if assigned is not None else ()
 
 
 def _refuse_reader(session: AsyncSession, what: str) -> None:

@@ -40,6 +40,7 @@ from stanch.readiness import until_it_answers
 from stanch.retry import Retry
 from stanch.sessions import Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
+from stanch.stopping import all_sent
 from stanch.transactions import Ending, IsolationLevel, connection_options, finish
 
 if TYPE_CHECKING:
@@ -285,6 +286,9 @@ class Database(Gathering[S], Generic[S]):
     async def session(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
         """A plain session. You commit; uncommitted work rolls back at the end, and a ``WorkDropped`` event says so.
 
+        Where only the server knows whether something was written (by a function, in ``text()`` that begins with WITH,
+        DDL) it is asked at the end, within ``close_timeout``: one round trip, in a case of doubt alone. If it cannot
+        answer, because the transaction has failed, what was executed counts as written.
         After the block the session is closed for good: using it raises ``SessionClosed``. *timeout* is as for
         ``transaction()``.
         """
@@ -455,6 +459,7 @@ class Database(Gathering[S], Generic[S]):
         if "_equipped" in self.__dict__:
             for engine in self._equipped.engines:
                 await engine.dispose()
+        await all_sent()
 
     async def _all_returned(self) -> None:
         """Wait for sessions of the factory and users of the engine, which are on the pool's books alone."""

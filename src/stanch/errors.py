@@ -247,7 +247,11 @@ class AsyncSessionInSyncEndpoint(StanchError, exc.InvalidRequestError):
 
 
 class DeadlinePassed(_Operational):
-    """The deadline of a unit of work, or of one step of it, has passed; the connection in hand was severed."""
+    """The deadline of a unit of work, or of one step of it, has passed, and what ran was ended.
+
+    By the server, which had been told, and then the connection is kept (``connection_invalidated`` is False); else by
+    severing the connection.
+    """
 
     error_code = "deadline"
 

@@ -62,6 +62,7 @@ class Guard:
         "hooks",
         "hooks_wait",
         "inside",
+        "locks",
         "owners",
         "reading",
         "rollback_only",
@@ -101,7 +102,9 @@ class Guard:
         """Whether each statement stands alone, in no transaction, and must only read."""
         self.wrote: list[str] = []
         self.doubtful: list[str] = []
-        """Statements of which only the server knows whether they wrote."""
+        """Texts of which only the server knows whether they wrote."""
+        self.locks: list[str] = []
+        """Texts that did no more than lock rows."""
         self.dropped: tuple[str, ...] = ()
         """What a close() has dropped uncommitted."""
         self.streams: list[Any] = []
@@ -200,12 +203,22 @@ class Guard:
     def note_commit(self, frame: Frame | None) -> None:
         """What was done is stored, although SQLAlchemy will not say so."""
         self.committed = self.commits = True
-        self.wrote.clear()
-        self.doubtful.clear()
+        self.forget_writes()
         if frame is not None:
             frame.outcome = Outcome.COMMITTED
+
+    def forget_writes(self) -> None:
+        """The transaction is over."""
+        self.wrote.clear()
+        self.doubtful.clear()
+        self.locks.clear()
 
     def note_doubt(self, what: str) -> None:
         """Remember that *what* was executed, of which only the server knows whether it wrote."""
         if what not in self.doubtful:
             self.doubtful.append(what)
+
+    def note_lock(self, what: str) -> None:
+        """Remember that *what* was executed, which locks rows and no more."""
+        if what not in self.locks:
+            self.locks.append(what)

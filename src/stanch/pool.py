@@ -39,6 +39,7 @@ from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHe
 from stanch.ledger import Ledger, Stats, Waiter
 from stanch.session_state import CLEANING, INFO_KEY
 from stanch.sqlstate import Kind as FailureKind, classify
+from stanch.stopping import stop
 from stanch.tracking import Sweep, tracker_of
 from stanch.turns import LoopTurn, ThreadTurn
 
@@ -307,13 +308,13 @@ class Pool(SQLAlchemyPool):
             return self._ledger.held_by(task)
 
     def sever_held(self) -> None:
-        """Cut off every connection that is out; its holder gets a disconnect error, and is told as ``StillHeld``."""
+        """Cut off every connection that is out, and stop its statement; its holder is told as ``StillHeld``."""
         now = time.monotonic()
         with self._lock:
             self._forget_closed_loop()
             loop, held = self._loop, [*self._ledger.held()]
         for slot, checkout in held:
-            _where_it_lives(loop, self._sever, slot)
+            _where_it_lives(loop, self._stop, slot)
             self._observers.tell(
                 StillHeld(
                     database=self._database,
@@ -396,6 +397,10 @@ class Pool(SQLAlchemyPool):
     def _sever(self, slot: Slot) -> None:
         if slot.dbapi_connection is not None:
             self._driver.sever(slot.driver_connection)
+
+    def _stop(self, slot: Slot) -> None:
+        if slot.dbapi_connection is not None:
+            stop(self._driver, slot.driver_connection)
 
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event
 
+from stanch.callers import NOWHERE, place_of_caller
 from stanch.completion import note_too_late
 from stanch.deadlines import in_force, reason_of, to_tidy_up, within
+from stanch.drivers.base import deadline_that_ended_a_statement, transaction_ended
 from stanch.errors import (
     CommitLost,
     CommitRefused,
@@ -24,7 +26,8 @@ from stanch.errors import (
 )
 from stanch.reading import READER_OPTION, refusal_by_server
 from stanch.redaction import redact
-from stanch.sqlstate import READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
+from stanch.sqlstate import QUERY_CANCELED, READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
+from stanch.stopping import committing
 from stanch.watch import undisturbed
 
 if TYPE_CHECKING:
@@ -102,9 +105,11 @@ class TransactionEnds:
         lost_before = self._driver.looks_dead(inner)
         timeout = within(self._settings.commit_timeout)
         try:
-            self._watch.run(
-                self._sending.commit, connection, connection=inner, timeout=timeout, what="COMMIT"
-            )
+            with committing(inner):
+                self._watch.run(
+                    self._sending.commit, connection, connection=inner, timeout=timeout, what="COMMIT"
+                )
+            transaction_ended(inner)
         except CommitRefused:
             raise
         except Exception as error:
@@ -117,6 +122,7 @@ class TransactionEnds:
         """ROLLBACK; costs nothing where there is nothing to roll back."""
         self._verifier.rolled_back(connection)
         inner = self._dialect.get_driver_connection(connection)
+        transaction_ended(inner)
         if self._driver.looks_dead(inner):
             return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
         if self._driver.is_idle(inner):
@@ -163,8 +169,8 @@ def translate_errors(engine: Engine, *, redacted: bool, reads_only: bool = False
                 # This one connection was lost or cut by us; the others need not pay for it.
                 context.is_disconnect = True
                 context.invalidate_pool_on_disconnect = False
-            case _ if (passed := _cut_short(context)) is not None:
-                context.is_disconnect = True
+            case _ if (passed := _cut_short(context) or _ended_by_the_server(context)) is not None:
+                context.is_disconnect = passed.connection_invalidated
                 context.invalidate_pool_on_disconnect = False
                 return passed
             case TimeoutError():
@@ -203,6 +209,24 @@ def _cut_short(context: ExceptionContext) -> DeadlinePassed | None:
     if passed is not None:
         passed.__cause__ = context.original_exception
     return passed
+
+
+def _ended_by_the_server(context: ExceptionContext) -> DeadlinePassed | None:
+    """What to say instead, if the server has kept the limit that rode on BEGIN. The connection lives."""
+    connection = context.connection
+    if sqlstate_of(context.original_exception) != QUERY_CANCELED or connection is None or connection.closed:
+        return None
+    deadline = deadline_that_ended_a_statement(connection.connection.driver_connection)
+    if deadline is None:
+        return None
+    what, place = "COMMIT" if context.statement is None else "a statement", place_of_caller()
+    where = "" if place is NOWHERE else f" at {place}"  # a flush at the end of a unit
+    ended = deadline.passed(
+        f"{what}{where} was ended by the server: {deadline} were all but over; its connection is kept"
+    )
+    ended.connection_invalidated = False
+    ended.__cause__ = context.original_exception
+    return ended
 
 
 def _has_left(context: ExceptionContext) -> bool:

@@ -15,12 +15,11 @@ been sent);
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Never, cast
 from weakref import ref
 
-from sqlalchemy import event, text
+from sqlalchemy import ColumnElement, event, literal_column, select, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
@@ -31,10 +30,12 @@ from sqlalchemy.util.concurrency import in_greenlet
 from stanch.accounts import paying
 from stanch.callers import place_of_caller
 from stanch.completion import came_too_late, run_to_completion
+from stanch.deadlines import to_tidy_up
 from stanch.errors import (
     CommitRefused,
     CommitUnknown,
     ConnectionCommitRefused,
+    DeadlinePassed,
     NotInstalled,
     SessionClosed,
     SessionOverlap,
@@ -46,10 +47,11 @@ from stanch.guards import Guard, Owner
 from stanch.hooks import Frame, Outcome
 from stanch.reading import READER_OPTION, objection_to, objection_when_compiled, refusal
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
-from stanch.sqltext import is_plain_reading
-from stanch.statements import function_called_on
+from stanch.sqltext import first_keyword, is_plain_reading, only_locks, suspicion_by_words
+from stanch.statements import doubts_on, tell_writes_past_the_session
 from stanch.unverified import CLEAN_KEY
 from stanch.values import Value
+from stanch.watch import Watch, undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -63,14 +65,10 @@ if TYPE_CHECKING:
     from stanch.meters import Instruments, UnitEnd
     from stanch.settings import Settings
 
-_WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
-"""First keywords of text() that certainly write; what else may write is not guessed here."""
-_SETTING_WORDS: Final = frozenset({"SET", "RESET", "SHOW"})
-"""First keywords that change no row, whatever follows."""
-
+_TRANSACTION_ID: Final[ColumnElement[Any]] = literal_column("pg_current_xact_id_if_assigned()::text")
+"""PostgreSQL gives a transaction its id with the first thing that it writes."""
 
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
-_COMMENTS: Final = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 
 
 class Terms(Value):
@@ -154,16 +152,26 @@ class GuardedSession(Session):
             self._note_trouble(error)
             raise
         finally:
-            if guard.reading and guard.outermost:
-                self._end_reading()
-            guard.leave()
+            try:
+                if guard.reading and guard.outermost:
+                    self._end_reading()
+            finally:  # cancelled while the connection went back
+                guard.leave()
 
     def _note_text(self, sql: str) -> None:
-        word = _first_word(sql)
-        if word in _WRITING_WORDS:
-            self.guard.note_write(f"text({word})")
-        elif word not in _SETTING_WORDS:
-            self.guard.note_doubt(f"text({word})")
+        suspected = suspicion_by_words(sql)
+        if suspected is None:
+            if only_locks(sql):
+                self.guard.note_lock(f"text({first_keyword(sql)})")
+        elif suspected.certain:
+            self.guard.note_write(f"text({suspected.what})")
+        else:
+            self.guard.note_doubt(f"text({suspected.what})")
+
+    def _note_past_the_session(self, keyword: str) -> None:
+        """Told of each write on a connection that was handed out; what the session itself sends it knows better."""
+        if self.guard.inside is None:
+            self.guard.note_write(f"connection({keyword})")
 
     def close_streams(self) -> None:
         """End what still fetches: the connection is about to be somebody else's."""
@@ -216,11 +224,19 @@ class GuardedSession(Session):
             super().rollback()
 
     def close(self) -> None:
-        """Close for good: any later use raises ``SessionClosed``."""
+        """Close for good: any later use raises ``SessionClosed``. A cancellation meanwhile is raised afterwards."""
+        if self.in_transaction_on_server() and in_greenlet():
+            with self._inside():
+                pass  # who may not come in is told so in his own name
+            undisturbed(self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
         dropped: tuple[str, ...] = ()
         try:
             with self.ending():
-                dropped = self.unsaved()
+                dropped = self.lost_without_commit()
                 super().close()
         except SessionOverlap:
             raise  # it was not closed
@@ -269,6 +285,7 @@ class GuardedSession(Session):
         if self._is_the_users(connection):
             return connection
         connection.commit = connection.rollback = self._refuse_behind_the_back  # type: ignore[method-assign]  # on this one
+        tell_writes_past_the_session(connection, self._note_past_the_session)
         return connection
 
     def _connection_for_bind(
@@ -309,12 +326,48 @@ class GuardedSession(Session):
             if not connection.closed and not connection.invalidated
         ]
 
-    def doubts(self) -> tuple[str, ...]:
-        """Names of what was executed in this transaction, and of which only the server knows whether it wrote."""
-        if not self.terms.judges_statements:
-            return (*self.guard.doubtful, "what was executed")
-        called = (function_called_on(connection) for connection in self._connections())
-        return (*self.guard.doubtful, *(each for each in called if each is not None))
+    def lost_without_commit(self) -> tuple[str, ...]:
+        """Names of what an end without COMMIT drops: as ``unsaved()``, and what only the server can know.
+
+        It is asked where there is a doubt, and only then, within ``close_timeout``. What could not be asked, because
+        the transaction has failed or its connection is gone, is named as well: nobody can say that nothing was lost.
+        """
+        try:
+            return self.unsaved() or self._confirmed(self._doubts())
+        except Exception:  # noqa: BLE001  # an end is under way; it is not for this to change it
+            return self._doubts()
+
+    def lost_by_release(self) -> tuple[str, ...]:
+        """The same, in case of doubt also locks, and whatever nobody has looked at. Raises if it cannot be known."""
+        unseen = () if self.terms.judges_statements else ("what was executed",)
+        return self.unsaved() or self._confirmed((*self._doubts(), *self.guard.locks, *unseen))
+
+    def _doubts(self) -> tuple[str, ...]:
+        seen = (each for connection in self._connections() for each in doubts_on(connection))
+        return tuple(dict.fromkeys((*self.guard.doubtful, *seen)))
+
+    def _confirmed(self, doubts: tuple[str, ...]) -> tuple[str, ...]:
+        """*doubts*, unless the server says that the transaction has written nothing."""
+        if not doubts or not self.in_transaction_on_server():
+            return ()
+        with self._inside():
+            try:
+                written = [self._may_have_written(connection) for connection in self._connections()]
+            except SQLAlchemyError as error:
+                self._note_trouble(error)
+                raise
+        return doubts if any(written) else ()
+
+    def _may_have_written(self, connection: Connection) -> bool:
+        if connection.dialect.name != "postgresql":
+            return True
+        assigned = Watch(self.terms.driver).run(
+            lambda: connection.scalar(select(_TRANSACTION_ID)),
+            connection=connection.connection.driver_connection,
+            timeout=to_tidy_up(self.terms.settings.close_timeout),
+            what="the question what was written",
+        )
+        return assigned is not None
 
     def _connections(self) -> Iterable[Connection]:
         transaction = self.get_transaction()
@@ -432,7 +485,7 @@ class GuardedSession(Session):
     def _note_trouble(self, error: SQLAlchemyError) -> None:
         """Remember the first database error of a transaction; blame it for what fails because of it."""
         transaction = self.get_nested_transaction() or self.get_transaction()
-        if transaction is None or isinstance(error, StanchError):
+        if transaction is None or (isinstance(error, StanchError) and not isinstance(error, DeadlinePassed)):
             return
         if _is_consequence(error, transaction):
             if (trouble := self.trouble()) is not None:
@@ -445,7 +498,8 @@ class GuardedSession(Session):
                 ) from error
         elif isinstance(error, DBAPIError) and (frame := self.guard.hooks.frame(transaction)).trouble is None:
             state = sqlstate_of(error)
-            told = f"{type(error.orig).__name__}{f' ({state})' if state else ''}"
+            kind = error if isinstance(error, StanchError) else error.orig
+            told = f"{type(kind).__name__}{f' ({state})' if state else ''}"
             frame.trouble = f"{told} at {place_of_caller()}"
 
     # Private ----------------------------------------------------------------------------------------------
@@ -534,7 +588,12 @@ class GuardedTransaction(SessionTransaction):
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
         with self._ending():
-            super().close(invalidate)
+            try:
+                super().close(invalidate)
+            except asyncio.CancelledError:
+                # It is raised behind a ROLLBACK that has run to its end, before the connection has gone back.
+                super().close(invalidate)
+                raise
 
     def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
         guard = cast("GuardedSession", self.session).guard
@@ -632,11 +691,6 @@ def refuse_changes(session: AsyncSession) -> None:
         )
 
 
-def _first_word(sql: str) -> str:
-    words = _COMMENTS.sub(" ", sql).replace("(", " ").split(maxsplit=1)
-    return words[0].upper() if words else ""
-
-
 def _table_of(statement: Any) -> str:
     return str(getattr(getattr(statement, "table", None), "name", "DML"))
 
@@ -663,8 +717,7 @@ def _end_frame(session: Session, transaction: SessionTransaction) -> None:  # py
     frame = guard.hooks.ended(transaction, parent=transaction.parent)
     if transaction.parent is None:
         own.note_end(transaction, frame)
-        guard.wrote.clear()
-        guard.doubtful.clear()
+        guard.forget_writes()
     elif transaction.nested and frame is not None and frame.outcome is not Outcome.COMMITTED:
         del guard.wrote[frame.written_before :]
 

@@ -105,7 +105,7 @@ def classify(error: BaseException) -> Failure | None:
             return Failure(
                 Kind.UNAVAILABLE, state, retryable=state is None or state in _GONE, disconnect=True
             )
-        case errors.DeadlinePassed():
+        case errors.DeadlinePassed() if error.connection_invalidated:
             return Failure(Kind.TIMEOUT, disconnect=True)
         case exc.DBAPIError():
             return _of_driver(error, error.orig, lost=bool(error.connection_invalidated))

@@ -102,9 +102,7 @@ def tokens(sql: str) -> Iterator[Token]:
     >>> [token.text for token in tokens("SELECT 'it''s' /* not /* this */ */ FROM \"the table\"")]
     ['SELECT', "'it''s'", 'FROM', '"the table"']
     """
-    for group, text in _parts(sql):
-        if (kind := _KINDS.get(group)) is not None:
-            yield Token(kind, text)
+    return _tokens_of(_parts(sql))
 
 
 def _parts(sql: str) -> Iterator[tuple[str, str]]:
@@ -113,6 +111,10 @@ def _parts(sql: str) -> Iterator[tuple[str, str]]:
         raise Unreadable("a NUL character")
     if "$" in sql and _MINGLED.search(sql):
         raise Unreadable("a parameter next to a dollar sign")
+    yield from _scanned(sql)
+
+
+def _scanned(sql: str) -> Iterator[tuple[str, str]]:
     match_at = _scanner().match
     position, end = 0, len(sql)
     while position < end:
@@ -124,6 +126,12 @@ def _parts(sql: str) -> Iterator[tuple[str, str]]:
         elif (why := _UNREADABLE.get(group)) is not None:
             raise Unreadable(why)
         yield group, match.group()
+
+
+def _tokens_of(parts: Iterator[tuple[str, str]]) -> Iterator[Token]:
+    for group, text in parts:
+        if (kind := _KINDS.get(group)) is not None:
+            yield Token(kind, text)
 
 
 def _end_of_comment(sql: str, position: int) -> int:
@@ -186,35 +194,38 @@ def objection_to_reading(sql: str) -> str | None:
     'nextval()'
     """
     try:
-        statement = list(tokens(sql))
+        return next(_objections_to(_statement(sql)), None)
     except Unreadable as error:
         return str(error)
+
+
+def _statement(sql: str) -> list[Token]:
+    statement = list(tokens(sql))
     if statement and statement[-1] == _SEMICOLON:
         statement.pop()
-    return _objection_to(statement)
+    return statement
 
 
 _SEMICOLON: Final = Token(Kind.SIGN, ";")
 
 
-def _objection_to(statement: Sequence[Token]) -> str | None:
+def _objections_to(statement: Sequence[Token]) -> Iterator[str]:
     keyword = next((token.keyword for token in statement if token.text != "("), None)
     if keyword is None:
-        return _NO_STATEMENT
-    if keyword not in _READING:
-        return keyword if re.fullmatch(_COMMANDS, keyword) else "no statement that is known"
+        yield _NO_STATEMENT
+    elif keyword not in _READING:
+        yield keyword if re.fullmatch(_COMMANDS, keyword) else "no statement that is known"
     before: tuple[str, ...] = ()
     called = ""
     for token in statement:
         if token == _SEMICOLON:
-            return "a second statement after ;"
+            yield "a second statement after ;"
         if (writing := _writing_word(token.keyword, before)) is not None:
-            return writing
+            yield writing
         if token.text == "(" and _writing_function().fullmatch(called):
-            return f"{called}()"
+            yield f"{called}()"
         before = (*before[-2:], token.keyword)
         called = token.function
-    return None
 
 
 def _writing_word(keyword: str, before: tuple[str, ...]) -> str | None:
@@ -233,7 +244,7 @@ _LOCKING: Final = (("FOR",), ("FOR", "KEY"), ("FOR", "NO", "KEY"))
 def is_plain_reading(sql: str) -> bool:
     """Whether *sql* certainly leaves nothing behind: no uncommitted change, no lock, no state of the session.
 
-    As far as its words say; a function that it calls is told by ``function_of_doubt``.
+    As far as its words say; a function that it calls is told by ``suspicion()``.
     """
     return objection_to_reading(sql) is None
 
@@ -248,25 +259,87 @@ _WRITES_NOTHING: Final = frozenset(
     generate_series greatest jsonb_agg jsonb_build_object json_agg json_build_object lag last_value lead least
     left length lower lpad ltrim max md5 min mod now nullif position random rank replace right round
     row_number row_to_json rpad rtrim split_part string_agg strpos substring sum to_char to_date to_json
-    to_jsonb to_timestamp trim unnest upper
+    to_jsonb to_timestamp trim unnest upper pg_current_xact_id_if_assigned
     """.split()  # noqa: SIM905  # as a list of strings it would fill a page
 )
 """Keywords, types and functions that certainly write nothing. Whatever is not listed costs one question, once."""
 
 
+# What may have written ------------------------------------------------------------------------------------
+
+_CERTAINLY_WRITING: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE", "REPLACE"})
+_HARMLESS: Final = frozenset(
+    {"SET", "RESET", "SHOW", "PRAGMA", "SAVEPOINT", "RELEASE", "ROLLBACK", "BEGIN", "START", "COMMIT", "END"}
+)
+"""First keywords that change no row, whatever follows."""
+_UNKNOWN: Final = "?"
+
+
+class Suspicion(NamedTuple):
+    """*what* in a statement may have written: a function or its first keyword; *certain*: it is meant to write."""
+
+    what: str
+    certain: bool = False
+
+
+def first_keyword(sql: str) -> str:
+    """The first word of *sql* in capitals, behind comments and brackets; ``?`` if it is none of SQL's.
+
+    >>> first_keyword("/* not /* a */ SELECT */ (insert"), first_keyword("hunter2 is my password")
+    ('INSERT', '?')
+    """
+    try:
+        keyword = next((token.keyword for token in _tokens_of(_scanned(sql)) if token.text != "("), "")
+    except Unreadable:
+        return _UNKNOWN
+    known = keyword in _READING or keyword in _CERTAINLY_WRITING or re.fullmatch(_COMMANDS, keyword)
+    return keyword if known else _UNKNOWN
+
+
+def only_locks(sql: str) -> bool:
+    """Whether all that speaks against *sql* as a read is that it locks rows: with the transaction only that is lost.
+
+    >>> only_locks("SELECT * FROM orders FOR UPDATE"), only_locks("SELECT 1")
+    (True, False)
+    """
+    try:
+        objections = list(_objections_to(_statement(sql)))
+    except Unreadable:
+        return False
+    return bool(objections) and all(objection.startswith("FOR ") for objection in objections)
+
+
 @lru_cache(maxsize=_REMEMBERED)
-def function_of_doubt(sql: str) -> str | None:
-    r"""The first function of which only the server knows whether it writes, called by *sql*, whose words only read.
+def suspicion_by_words(sql: str) -> Suspicion | None:
+    """What in the words of *sql* may write rows or tables; None for what only reads, locks, or sets something.
 
-    None if there is none, and for what writes by its words.
+    >>> suspicion_by_words("INSERT INTO orders DEFAULT VALUES")
+    Suspicion(what='INSERT', certain=True)
+    >>> suspicion_by_words("WITH gone AS (DELETE FROM orders RETURNING *) SELECT * FROM gone")
+    Suspicion(what='WITH', certain=False)
+    """
+    if is_plain_reading(sql) or only_locks(sql):
+        return None
+    keyword = first_keyword(sql)
+    return None if keyword in _HARMLESS else Suspicion(keyword, keyword in _CERTAINLY_WRITING)
 
-    >>> function_of_doubt("SELECT count(*) FROM orders WHERE id IN (1, 2)") is None
+
+@lru_cache(maxsize=_REMEMBERED)
+def suspicion(sql: str) -> Suspicion | None:
+    r"""The same, and for what only reads by its words: the first function of which only the server knows.
+
+    >>> suspicion("SELECT count(*) FROM orders WHERE id IN (1, 2)") is None
     True
-    >>> function_of_doubt("SELECT place_order(7)"), function_of_doubt("SELECT shop.count(7)")
+    >>> suspicion("SELECT place_order(7)").what, suspicion("SELECT shop.count(7)").what
     ('place_order()', 'count()')
     """
-    if not is_plain_reading(sql):
-        return None
+    if (found := suspicion_by_words(sql)) is not None:
+        return found
+    function = _function_of_doubt(sql) if is_plain_reading(sql) or only_locks(sql) else None
+    return None if function is None else Suspicion(function)
+
+
+def _function_of_doubt(sql: str) -> str | None:
     before = called = Token(Kind.SIGN, "")
     for token in tokens(sql):
         if token.text == "(" and called.function:

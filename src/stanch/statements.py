@@ -5,26 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Never
 from weakref import WeakKeyDictionary
 
+from sqlalchemy.sql.elements import TextClause
+
 from stanch.callers import place_of_caller
 from stanch.errors import SessionStateRefused
 from stanch.reading import Readers
 from stanch.session_state import INFO_KEY, State, session_state_of
-from stanch.sqltext import function_of_doubt
+from stanch.sqltext import suspicion, suspicion_by_words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy.engine import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPICursor, ExecutionContext
 
     from stanch.settings import Settings
+    from stanch.sqltext import Suspicion
     from stanch.timing import Sending
 
 
 def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> None:
     """Look at each statement of *engine* before it is sent: a reader may not write, what else matters is noted.
 
-    That is session state, and functions that may write.
+    That is session state, and what may have written although no session knows.
 
     ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
     sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
@@ -33,7 +36,7 @@ def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> No
     refuse_writes = Readers(dialect).refuse_writes
     is_server = dialect.name == "postgresql"
     state_of = session_state_of if is_server else _stateless
-    doubt_of = function_of_doubt if is_server else _beyond_doubt
+    suspicion_of = suspicion if is_server else suspicion_by_words  # a function of SQLite's cannot write
     found = _note_state if settings.pooler is None else _refuse_state
 
     def look(statement: str, rows: Sequence[Any], context: ExecutionContext) -> None:
@@ -45,8 +48,8 @@ def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> No
             for state in state_of(statement):
                 if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
                     found(state, context)
-        if (called := doubt_of(text)) is not None:
-            _called.setdefault(context.root_connection, called)
+        if (suspected := suspicion_of(text)) is not None:
+            _note_write(suspected, context)
 
     def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
         look(statement, [parameters], context)
@@ -67,18 +70,35 @@ def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> No
     dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
 
 
-def function_called_on(connection: Connection) -> str | None:
-    """The first function called on *connection* of which only the server knows whether it writes."""
-    return _called.get(connection)
+def doubts_on(connection: Connection) -> Sequence[str]:
+    """What was executed on *connection*, and of which only the server knows whether it wrote."""
+    return tuple(_doubts.get(connection, ()))
 
 
-_called: Final[WeakKeyDictionary[Connection, str]] = WeakKeyDictionary()
+def tell_writes_past_the_session(connection: Connection, note: Callable[[str], None]) -> None:
+    """From now on *note* is told of each statement on *connection* that is meant to write, by its first keyword."""
+    # On the connection itself, with which it goes: a table of ours would keep both alive.
+    vars(connection)[_TOLD_OF_WRITES] = note
+
+
+_TOLD_OF_WRITES: Final = "_stanch_told_of_writes"
+
+_doubts: Final[WeakKeyDictionary[Connection, dict[str, None]]] = WeakKeyDictionary()
 """SQLAlchemy's connection lasts as long as a session's transaction, the pooled one underneath goes on."""
 
 
-def _beyond_doubt(_sql: str) -> str | None:
-    """SQLite's functions cannot write."""
-    return None
+def _note_write(suspected: Suspicion, context: ExecutionContext) -> None:
+    connection = context.root_connection
+    if not suspected.certain:
+        _doubts.setdefault(connection, {})[_name_of(suspected, context)] = None
+    elif (note := vars(connection).get(_TOLD_OF_WRITES)) is not None:
+        note(suspected.what)
+
+
+def _name_of(suspected: Suspicion, context: ExecutionContext) -> str:
+    statement = None if context.compiled is None else context.compiled.statement
+    by_words = not suspected.what.endswith(")")
+    return f"text({suspected.what})" if by_words and isinstance(statement, TextClause) else suspected.what
 
 
 def _stateless(_sql: str) -> tuple[State, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sqlalchemy import text
@@ -13,6 +14,7 @@ from stanch.deadlines import earlier, give_reason, to_tidy_up, under
 from stanch.errors import ConfigError, TransactionAborted
 from stanch.events import TeardownFailed, WorkDropped
 from stanch.sessions import guard_of, guarded_session
+from stanch.stopping import stop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping
@@ -67,12 +69,14 @@ class Ending:
     inside; when the time is over the connection is severed, which sends them out with a disconnect error.
     """
 
-    __slots__ = ("_alarm", "_commit_timeout", "_driver", "_observers", "_timeout", "session")
+    __slots__ = ("_alarm", "_commit_timeout", "_observers", "_stop", "_timeout", "session")
 
     def __init__(self, session: AsyncSession) -> None:
         terms = guarded_session(session).terms
         self.session = session
-        self._driver = terms.driver
+        # Where COMMIT does not pass our seam, or has two phases, nobody can tell whether it is on its way.
+        knows = terms.judges_statements and not guarded_session(session).twophase
+        self._stop = partial(stop, terms.driver) if knows else terms.driver.sever
         self._observers = terms.observers
         self._timeout = terms.settings.close_timeout
         self._commit_timeout = terms.settings.commit_timeout
@@ -203,15 +207,15 @@ class Ending:
 
     def _cut_short(self, deadline: Deadline) -> None:
         guard = guard_of(self.session)
-        when = "its transaction was open" if guard.inside is None else "a statement was running"
-        what = f"{guard.holder}: {deadline} passed while {when}; its connection was severed"
         for connection in guarded_session(self.session).driver_connections():
+            ran = self._stop(connection) or guard.inside is not None
+            when = "a statement was running" if ran else "its transaction was open"
+            what = f"{guard.holder}: {deadline} passed while {when}; its connection was severed"
             give_reason(connection, deadline, what)
-            self._driver.sever(connection)
 
     def _sever(self) -> None:
         for connection in guarded_session(self.session).driver_connections():
-            self._driver.sever(connection)
+            self._stop(connection)
 
 
 async def finish(ending: Ending, *, commit: bool) -> None:

@@ -147,6 +147,11 @@ class Charge:
         """Names of what was written and not committed."""
         return self._sync.unsaved()
 
+    async def lost_without_commit(self) -> tuple[str, ...]:
+        """The same, and what only the server can know, which is asked where there is a doubt."""
+        session = self._sync
+        return await self.session.run_sync(lambda _session: session.lost_without_commit())
+
     def take_dropped(self) -> tuple[str, ...]:
         """What the handler has dropped by closing the session itself; told once."""
         guard = self._sync.guard
@@ -327,7 +332,7 @@ class Unit:
         for charge in self._in_order():
             if charge.quiet:
                 continue
-            if writes := charge.unsaved:
+            if writes := await charge.lost_without_commit():
                 raise UnsavedWrites(
                     f"{charge.holder} waits for its peer with uncommitted writes ({', '.join(writes)})",
                     remedies=["Commit each message: async with atomic(session), or await session.commit()."],
@@ -347,7 +352,7 @@ class Unit:
             for charge in charges:
                 await charge.ending.everyone_out()
             if commit:
-                saving = [charge for charge in charges if self._is_to_commit(charge)]
+                saving = [charge for charge in charges if await self._is_to_commit(charge)]
                 await _prepare(saving)
                 await _commit_in_order(saving)
         finally:
@@ -357,7 +362,7 @@ class Unit:
             for charge in charges:
                 await charge.run_callbacks()
 
-    def _is_to_commit(self, charge: Charge) -> bool:
+    async def _is_to_commit(self, charge: Charge) -> bool:
         match charge.wish.mode:
             case Mode.AUTO:
                 if dropped := charge.take_dropped():
@@ -370,7 +375,7 @@ class Unit:
             case Mode.READ:
                 refuse_changes(charge.session)
             case Mode.MANUAL:
-                if (writes := charge.unsaved) and self.unsaved != "ignore":
+                if self.unsaved != "ignore" and (writes := await charge.lost_without_commit()):
                     self._tell_unsaved(charge, writes)
         return False
 

@@ -20,9 +20,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, cast
 
 import aiosqlite
 from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.util import await_only
 from typing_extensions import override
 
-from stanch.drivers.base import READ_ONLY_KEY, Attempt, Driver, Plan, commit_refused, made_ours, reach
+from stanch.completion import run_to_completion
+from stanch.drivers.base import (
+    DRAIN_TIMEOUT,
+    READ_ONLY_KEY,
+    Attempt,
+    Driver,
+    Plan,
+    commit_refused,
+    made_ours,
+    reach,
+)
 from stanch.drivers.options import Text, connect_args_of, engine_options_of
 from stanch.settings.kinds import (
     Complaint,
@@ -53,6 +64,9 @@ _CLOSED: Final = "no active connection"
 
 _READ_ONLY_OPTION: Final = "stanch_read_only"
 """The execution option of a connection whose next transaction only reads."""
+
+_INTERRUPT_INTERVAL: Final = 0.01
+"""Seconds between two interrupts for one statement."""
 
 _BUSY_TIMEOUT: Final = 5.0
 """Seconds, where no ``lock_timeout`` is set: without any, two writers fail instead of taking turns."""
@@ -110,6 +124,8 @@ class Connection(aiosqlite.Connection):
     statement_timeout: float | None = None
     asked = 0
     answered = 0
+    abandoned: sqlite3.Cursor | None = None
+    """Whose statement nobody waits for any more; come to its first row, it would hold on to its snapshot."""
 
     @override
     async def commit(self) -> None:
@@ -122,9 +138,13 @@ class Connection(aiosqlite.Connection):
     async def rollback(self) -> None:
         """As aiosqlite; the transaction is over, whatever became of it."""
         self.begun = False
-        if self._running:
+        if self._running and not self._has_nothing_to_undo():
             await super().rollback()
             await self._allow_writes()
+
+    def _has_nothing_to_undo(self) -> bool:
+        # Nor would the pool's reset of an idle connection be out of reach of a cancellation.
+        return self.asked == self.answered and not (self.in_transaction or self.refuses_writes)
 
     @override
     async def close(self) -> None:
@@ -160,13 +180,42 @@ class Connection(aiosqlite.Connection):
                 self.answered += 1
 
         self.asked += 1
-        if self.statement_timeout is None:
-            return await self._queued(run)
-        alarm = asyncio.get_running_loop().call_later(self.statement_timeout, self.interrupt_now)
+        alarm = None
+        if self.statement_timeout is not None:
+            alarm = asyncio.get_running_loop().call_later(self.statement_timeout, self.interrupt_now)
         try:
             return await self._queued(run)
+        except asyncio.CancelledError:
+            cursor = getattr(fn, "__self__", None)
+            if isinstance(cursor, sqlite3.Cursor):
+                self.abandoned = cursor
+            raise
         finally:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()
+
+    async def free(self) -> None:
+        """Interrupt what nobody waits for any more, until it has ended and its statement is closed."""
+
+        def close() -> None:
+            cursor, self.abandoned = self.abandoned, None
+            if cursor is not None:
+                cursor.close()
+
+        # In the queue of the thread behind all that was asked for: when its turn has come, that has ended.
+        closed = asyncio.ensure_future(self._queued(close))
+        try:
+            while self.asked > self.answered:
+                self.interrupt_now()  # again and again: the first may have come before the statement had begun
+                await asyncio.wait((closed,), timeout=_INTERRUPT_INTERVAL)
+            await closed
+        finally:
+            closed.cancel()
+
+    async def undo_begin(self) -> None:
+        """Roll back what a cancelled BEGIN may have begun all the same."""
+        if await DRIVER.drain(self) and self.in_transaction:
+            await self.rollback()
 
     async def _queued(self, run: Callable[[], Any]) -> Any:
         return await cast("Any", super())._execute(run)  # noqa: SLF001  # see the docstring of the module
@@ -291,6 +340,17 @@ class AiosqliteDriver(Driver):
         return getattr(connection, "asked", 0) == getattr(connection, "answered", 0)
 
     @override
+    async def drain(self, connection: Any) -> bool:
+        if not isinstance(connection, Connection):
+            return False
+        with suppress(Exception):  # too late, or closed meanwhile
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                await connection.free()
+            return not self.looks_dead(connection)
+        self.sever(connection)
+        return False
+
+    @override
     async def clean(self, connection: Any, sql: str) -> None:
         pass  # SQLite has no server in whose session anything could stay
 
@@ -335,10 +395,25 @@ def _begin(proxied: PoolProxiedConnection | DBAPIConnection, *, writes: bool) ->
             return
         if connection.isolation_level is None:
             return
+    try:
+        _say_begin(
+            adapted,
+            "BEGIN IMMEDIATE" if writes and not refuses_writes else "BEGIN",
+            refuses_writes=refuses_writes,
+        )
+    except asyncio.CancelledError:
+        if isinstance(connection, Connection):
+            with suppress(asyncio.CancelledError):  # the first one is under way
+                await_only(run_to_completion(connection.undo_begin()))
+        raise
+
+
+def _say_begin(adapted: Any, begin: str, *, refuses_writes: bool) -> None:
+    connection = adapted.driver_connection
     cursor = adapted.cursor()
     # Who writes says so at once and waits in line. A transaction that read first cannot become a writer later: SQLite
     # refuses it without waiting if anybody wrote meanwhile (SQLite manual, *Transaction*).
-    cursor.execute("BEGIN IMMEDIATE" if writes and not refuses_writes else "BEGIN")
+    cursor.execute(begin)
     connection.begun = True
     if refuses_writes:
         connection.refuses_writes = True

@@ -3,8 +3,9 @@
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
 ``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`),
-``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), and ``Connection._transport``, of
-asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
+``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), ``connect_utils._cancel`` with
+``Connection._addr``, ``_params`` and ``backend_secret`` of its protocol (see ``sever_asking``), and
+``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from stanch.drivers.base import (
     DRAIN_TIMEOUT,
     Driver,
     Plan,
+    asked_over,
     attempts,
     combined,
     commit_refused,
     made_ours,
     reach,
     rides_on_begin,
+    second_link,
     started_with,
 )
 from stanch.drivers.options import ASYNCPG, engine_options_of, gather, plain_url
@@ -257,6 +260,26 @@ class AsyncpgDriver(Driver):
         except Exception:  # noqa: BLE001  # its loop is closed: what the loop would have called is called here
             with suppress(Exception):
                 connection._transport._call_connection_lost(None)  # noqa: SLF001  # see the docstring of the module
+
+    @override
+    def sever_asking(self, connection: Any) -> Callable[[], Awaitable[object]] | None:
+        request = None
+        with suppress(Exception):  # no running loop, a proxy, or another asyncpg: then severing must do
+            if not (connection.is_closed() or _Probe.finds_free(connection)):
+                protocol = connection._protocol  # noqa: SLF001  # see the docstring of the module
+                ask = partial(
+                    _asyncpg.connect_utils._cancel,  # noqa: SLF001  # likewise
+                    loop=asyncio.get_running_loop(),
+                    addr=connection._addr,  # noqa: SLF001  # likewise
+                    params=connection._params,  # noqa: SLF001  # likewise
+                    backend_pid=protocol.backend_pid,
+                    backend_secret=protocol.backend_secret,
+                )
+                link = second_link(connection._transport.get_extra_info("socket").fileno())  # noqa: SLF001  # likewise
+                request = partial(asked_over, link, ask)
+                connection._transport.abort()  # noqa: SLF001  # first, or terminate() would still say goodbye over the link
+        self.sever(connection)
+        return request
 
     @override
     def looks_dead(self, connection: Any) -> bool:

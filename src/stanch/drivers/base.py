@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from contextlib import suppress
 from functools import partial
 from traceback import clear_frames
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from stanch.deadlines import Deadline
     from stanch.settings import Settings
 
 READ_ONLY_KEY: Final = "stanch.read_only"
@@ -57,7 +59,7 @@ class Plan(Value):
 class Driver(Protocol):
     """One database driver, as far as stanch must know it. It holds no state; *connection* is the driver's own.
 
-    ``sever``, ``looks_dead`` and ``is_idle`` never raise, never wait and never make a round trip.
+    ``sever``, ``sever_asking``, ``looks_dead`` and ``is_idle`` never raise, wait or make a round trip.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,15 @@ class Driver(Protocol):
     def sever(self, connection: Any) -> None:
         """Cut *connection* off at once. Whoever waits for it gets the driver's ordinary disconnect error."""
         ...
+
+    def sever_asking(self, connection: Any) -> Callable[[], Awaitable[object]] | None:
+        """Sever *connection*, and return what then asks the server to end the statement that ran on it.
+
+        None where nothing ran, or where severing has ended it. The link itself stays open until the returned call has
+        ended, also by being cancelled: a pooler in between finds the statement by it.
+        """
+        self.sever(connection)
+        return None
 
     def looks_dead(self, connection: Any) -> bool:
         """Whether the other side is known to have gone. False is no promise: silence looks like life."""
@@ -110,6 +121,17 @@ class Driver(Protocol):
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         """Replace, on this engine's dialect, what the driver needs replaced. Opens nothing."""
         ...
+
+
+def second_link(descriptor: int) -> socket.socket:
+    """Another descriptor of the same socket: closing the first does not end the connection."""
+    return socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+
+
+async def asked_over(link: socket.socket, ask: Callable[[], Awaitable[object]]) -> None:
+    """*ask*, and only then let go of *link*."""
+    with link:
+        await ask()
 
 
 class Attempt(Value):
@@ -227,7 +249,34 @@ def rides_on_begin(connection: Any) -> str:
     limit = left - min(_SERVER_FIRST, left / 10)
     if limit >= _statement_timeouts.get(connection, limit + 1):
         return ""
-    return f" SET LOCAL statement_timeout = {max(1, int(limit * 1000)):d};"
+    milliseconds = max(1, int(limit * 1000))
+    with suppress(TypeError):  # a proxy that takes no weak reference
+        _limits[connection] = deadline, time.monotonic() + milliseconds / 1000
+    return f" SET LOCAL statement_timeout = {milliseconds:d};"
+
+
+_limits: Final[WeakKeyDictionary[Any, tuple[Deadline, float]]] = WeakKeyDictionary()
+"""The deadline that rode on the BEGIN of a connection's transaction, and the moment before which it ends nothing."""
+
+
+def transaction_ended(connection: Any) -> None:
+    """What rode on the BEGIN of *connection* has ended with its transaction."""
+    if _limits:
+        with suppress(TypeError):
+            _limits.pop(connection, None)
+
+
+def deadline_that_ended_a_statement(connection: Any) -> Deadline | None:
+    """Whose limit it was, if the server has just ended a statement of *connection* because of its time.
+
+    By the clock, since by its SQLSTATE it could be anybody's: each statement has the whole limit, so the first of a
+    transaction cannot be ended by it any earlier.
+    """
+    try:
+        deadline, due = _limits.get(connection, (None, 0.0))
+    except TypeError:
+        return None
+    return deadline if time.monotonic() >= due else None
 
 
 def unavailable(failures: Sequence[tuple[str, Exception]], timeout: float) -> DatabaseUnavailable:

@@ -1,6 +1,7 @@
 """psycopg 3: connects, sees the COMMIT that the server turns into a rollback, severs, tells whether it is idle.
 
-Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`).
+Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`), and on
+``waiting.wait_conn_async`` and ``generators.cancel``, by which psycopg's own ``cancel_safe()`` works (see ``_cancel``).
 Private names of psycopg's, in this module only: ``AsyncConnection._exec_command``, by which it sends BEGIN, and
 ``_pipeline``, in which BEGIN may not be two statements.
 """
@@ -12,6 +13,7 @@ import inspect
 import math
 import select
 import socket
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +29,14 @@ from stanch.drivers.base import (
     DRAIN_TIMEOUT,
     Driver,
     Plan,
+    asked_over,
     attempts,
     combined,
     commit_refused,
     made_ours,
     reach,
     rides_on_begin,
+    second_link,
     started_with,
 )
 from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of, gather, plain_url
@@ -40,7 +44,7 @@ from stanch.drivers.options import PSYCOPG, as_libpq_options, engine_options_of,
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from psycopg.abc import RV, PQGen
+    from psycopg.abc import RV, PQGen, PQGenConn
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -201,6 +205,34 @@ class Opener:
         return connection
 
 
+def _asking(pgconn: pq.abc.PGconn) -> Callable[[], Awaitable[None]]:
+    """What sends a CancelRequest for *pgconn*, also once that has been finished."""
+    if psycopg.capabilities.has_cancel_safe():
+        return partial(_cancel, pgconn.cancel_conn())
+    return partial(_cancel_in_a_thread, pgconn.get_cancel())
+
+
+async def _cancel(cancelling: pq.abc.PGcancelConn) -> None:
+    def request() -> PQGenConn[None]:
+        cancelling.start()
+        yield from generators.cancel(cancelling)
+
+    try:
+        await waiting.wait_conn_async(request(), _WAKE_INTERVAL)
+    finally:
+        cancelling.finish()
+
+
+async def _cancel_in_a_thread(cancelling: pq.abc.PGcancel) -> None:
+    """For a libpq before 17, which can only block. Not in the loop's own threads, for whose end asyncio would wait."""
+
+    def request() -> None:
+        with suppress(psycopg.Error):
+            cancelling.cancel()
+
+    threading.Thread(target=request, name="stanch: stops a statement on the server", daemon=True).start()
+
+
 class PsycopgDriver(Driver):
     """See `stanch.drivers.base.Driver`."""
 
@@ -236,12 +268,27 @@ class PsycopgDriver(Driver):
         # socket is shut down instead, so that the waiter reads the end of the stream and cleans up itself.
         with (
             suppress(Exception),  # closed already
-            socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as second,
+            second_link(connection.fileno()) as second,
         ):
             second.shutdown(socket.SHUT_RDWR)
         with suppress(Exception):
             if not connection.lock.locked():  # nobody waits for it: psycopg would miss the close() and warn
                 connection.pgconn.finish()
+
+    @override
+    def sever_asking(self, connection: Any) -> Callable[[], Awaitable[object]] | None:
+        with suppress(Exception):  # closed meanwhile, or a proxy: then severing must do
+            pgconn: pq.abc.PGconn = connection.pgconn
+            if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                # Taken now: whoever waits finishes the connection when it reads the end of the stream.
+                ask = _asking(pgconn)
+                with second_link(pgconn.socket) as second:
+                    second.shutdown(
+                        socket.SHUT_RD
+                    )  # the waiter reads that end; the server does not see one yet
+                return partial(asked_over, second_link(pgconn.socket), ask)
+        self.sever(connection)
+        return None
 
     @override
     def looks_dead(self, connection: Any) -> bool:
