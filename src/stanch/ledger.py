@@ -36,7 +36,16 @@ class Checkout:
     into it, and it is final once the connection is back.
     """
 
-    __slots__ = ("account", "place", "running_since", "since", "sql_time", "statements", "task")
+    __slots__ = (
+        "__weakref__",  # a meter may keep something of its own for each
+        "account",
+        "place",
+        "running_since",
+        "since",
+        "sql_time",
+        "statements",
+        "task",
+    )
 
     def __init__(
         self,
