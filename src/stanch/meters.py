@@ -132,14 +132,24 @@ class Instruments:
     True
     """
 
-    __slots__ = ("_meters", "meter")
+    __slots__ = ("_meters", "_preparing", "meter")
 
     def __init__(self) -> None:
         self._meters: list[Meter] = []
+        self._preparing: list[Callable[[], None]] = []
         self.meter: Meter = NOBODY
+
+    def prepare(self, prepare: Callable[[], None]) -> None:
+        """Call *prepare* before the first meter is told of anything: what nobody measures need not be timed."""
+        if self._meters:
+            prepare()
+        else:
+            self._preparing.append(prepare)
 
     def add(self, meter: Meter) -> Callable[[], None]:
         """Tell *meter* as well from now on, until the function is called that this gives."""
+        while self._preparing:
+            self._preparing.pop()()
         self._tell([*self._meters, meter])
         return lambda: self._tell([other for other in self._meters if other is not meter])
 
