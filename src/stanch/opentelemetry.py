@@ -1,6 +1,6 @@
 """Tells OpenTelemetry what a database measures: metrics of its pool, spans of its units, checkouts and statements.
 
-Names, units and attributes are those of the semantic conventions for database clients (schema 1.40); what they have no
+Names, units and attributes are those of the semantic conventions for database clients (schema 1.36); what they have no
 word for begins with ``stanch.``. Of a statement its shape is told, of an error its SQLSTATE or its class: never a
 parameter, a literal or the text of an exception.
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 from stanch.callers import NOWHERE, current_loop
 from stanch.errors import ConfigError
+from stanch.events import context_providers
 from stanch.measuring import BOUNDS
 from stanch.meters import Meter
 from stanch.sqlstate import sqlstate_of
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["instrument", "uninstrument"]
 
-SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.40.0"
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.36.0"
 _SCOPE: Final = "stanch"
 
 _POOL_NAME: Final = "db.client.connection.pool.name"
@@ -84,6 +86,8 @@ def instrument(
     board = _board_of(meter_provider)
     telemetry = _Telemetry(database, trace.get_tracer(_SCOPE, _version(), tracer_provider, SCHEMA_URL), board)
     board.shown.add(telemetry)
+    if _ids_of_the_trace not in context_providers:
+        context_providers.append(_ids_of_the_trace)
     _instrumented[database] = _Instrumented(telemetry, providers, database.meter(telemetry))
 
 
@@ -188,7 +192,7 @@ _boards: Final[WeakKeyDictionary[object, _Board]] = WeakKeyDictionary()
 class _Open:
     """A span of ours that has not ended, and the one below which it began."""
 
-    __slots__ = ("begun", "home", "span")
+    __slots__ = ("__weakref__", "begun", "home", "span")
 
     def __init__(self, span: Span, home: Span) -> None:
         self.span = span
@@ -370,7 +374,8 @@ class _Telemetry(Meter):
         home = _outlasting(trace.get_current_span())
         if _is_sampled_out(home):
             return
-        self._units[account] = _Open(self._start(_name_of(account), home, None, {}), home)
+        unit = self._units[account] = _Open(self._start(_name_of(account), home, None, {}), home)
+        _latest.set(ref(unit))
 
     def ended(self, account: Account, outcome: UnitEnd) -> None:
         unit = self._units.get(account)
@@ -454,7 +459,8 @@ def _failure(error: BaseException) -> dict[str, str]:
     code = sqlstate_of(error) or _sqlite_code(error)
     if code is not None:
         return {"db.response.status_code": code, "error.type": code}
-    kind: type[object] = type(getattr(error, "orig", None) or error)
+    original: object = getattr(error, "orig", None) or error
+    kind = type(original)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return {"error.type": f"{module}{kind.__qualname__}"}
 
@@ -494,6 +500,25 @@ def _name_of(account: Account) -> str:
 
 def _version() -> str:
     return version("stanch")
+
+
+# Logs ---------------------------------------------------------------------------------------------------------
+
+_latest: Final[ContextVar[ref[_Open] | None]] = ContextVar("stanch unit", default=None)
+"""The unit that was opened last in this context. A weak reference: what a context keeps may be kept for ever."""
+
+
+def _ids_of_the_trace() -> Mapping[str, str]:
+    """What leads from a log record to the trace it belongs to."""
+    context = trace.get_current_span().get_span_context()
+    if not context.is_valid and (latest := _latest.get()) is not None and (unit := latest()) is not None:
+        context = unit.span.get_span_context()
+    if not context.is_valid:
+        return {}
+    return {
+        "trace_id": trace.format_trace_id(context.trace_id),
+        "span_id": trace.format_span_id(context.span_id),
+    }
 
 
 # Who is instrumented -----------------------------------------------------------------------------------------
