@@ -296,6 +296,17 @@ async def test_a_return_by_the_garbage_collector_asks_nothing_of_the_sdk_at_that
     assert seen.points("db.client.connection.use_time")[0].sum == pytest.approx(0.1)
 
 
+async def test_a_return_on_a_thread_without_a_loop_is_told_at_the_next_look(
+    hand: Hand, seen: Observatory
+) -> None:
+    await asyncio.to_thread(hand.meter.returned, hand.checkout(), 0.1)
+    await asyncio.sleep(0)
+    assert not seen.named("connection in use")
+
+    assert seen.points("db.client.connection.use_time")[0].count == 1
+    assert len(seen.named("connection in use")) == 1
+
+
 async def test_taking_it_off_ends_what_is_open_and_tells_nothing_more(
     hand: Hand, unbuilt: Unbuilt, seen: Observatory
 ) -> None:

@@ -378,6 +378,7 @@ class _Telemetry(Meter):
         _latest.set(ref(unit))
 
     def ended(self, account: Account, outcome: UnitEnd) -> None:
+        self.tell_late()
         unit = self._units.get(account)
         if unit is None or unit.begun is None:
             return
