@@ -1,4 +1,4 @@
-"""Whose a unit is: the whole template of its route, through routers and mounts, and nothing of what stood in the path."""
+"""Whose a unit is: the whole template of its route, through routers and mounts, and no value of a path."""
 
 from __future__ import annotations
 
