@@ -38,6 +38,7 @@ from stanch import Database
 from stanch.accounts import Account
 from stanch.callers import NOWHERE, Place
 from stanch.errors import ConfigError, PoolExhausted
+from stanch.events import context_providers
 from stanch.fastapi import ReaderDep, SessionDep, install
 from stanch.ledger import Checkout
 from stanch.meters import NOBODY, Meter
@@ -188,9 +189,10 @@ def unbuilt() -> Unbuilt:
 
 
 @pytest.fixture
-def hand(unbuilt: Unbuilt, seen: Observatory) -> Hand:
+def hand(unbuilt: Unbuilt, seen: Observatory) -> Iterator[Hand]:
     seen.watch(unbuilt)  # type: ignore[arg-type]  # all that it is asked for
-    return Hand(unbuilt.meters[0])
+    yield Hand(unbuilt.meters[0])
+    uninstrument(unbuilt)  # type: ignore[arg-type]  # likewise
 
 
 async def test_a_span_lies_below_the_one_that_was_current_and_below_ours_where_none_was_between(
@@ -335,6 +337,22 @@ async def test_nothing_is_kept_of_a_unit_that_nobody_closes(hand: Hand) -> None:
     assert [len(table) for table in tables] == [0, 0]
 
 
+async def test_a_statement_lasts_as_long_in_its_span_as_in_the_histogram_that_points_to_it(
+    hand: Hand, seen: Observatory
+) -> None:
+    account = hand.unit()
+    hand.run("SELECT 1 FROM orders", hand.checkout(account), seconds=0.25)
+    hand.meter.closed(account)
+    span = seen.one("SELECT orders")
+    (point,) = seen.points("db.client.operation.duration")
+
+    assert span.end_time is not None
+    assert span.start_time is not None
+    assert (span.end_time - span.start_time) / 1e9 == point.sum == 0.25
+    assert [exemplar.span_id for exemplar in point.exemplars] == [span.get_span_context().span_id]
+    assert point.explicit_bounds == (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+
+
 async def test_generated_statements_do_not_multiply_the_metrics(hand: Hand, seen: Observatory) -> None:
     for number in range(700):
         hand.run(f"SELECT * FROM report_{number}", None)
@@ -400,6 +418,7 @@ async def test_in_a_trace_that_is_not_sampled_the_sdk_is_not_even_asked(unbuilt:
     assert sampler.times == 2
     assert not seen.spans
     assert seen.points("db.client.operation.duration")[0].count == 2
+    uninstrument(unbuilt)  # type: ignore[arg-type]  # likewise
     seen.close()
 
 
@@ -595,6 +614,31 @@ async def test_log_records_of_events_carry_the_trace(
     assert (first["trace_id"], first["span_id"]) == ids(job)
     alone = [span for span in seen.spans if span.name.startswith("unit ") and span.parent is None]
     assert (second["trace_id"], second["span_id"]) == ids(alone[0])
+
+
+async def test_a_slow_statement_in_the_log_leads_to_its_trace(
+    fresh_database: FreshDatabase, seen: Observatory, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Database(fresh_database.url(), slow_statement=0.01) as db:
+        seen.watch(db)
+        with seen.tracer.start_as_current_span("job") as job:
+            async with db.reader() as session:
+                await session.execute(text(f"SELECT pg_sleep(0.05), '{SECRET}'"))
+        uninstrument(db)
+
+    (record,) = [each for each in caplog.records if "pg_sleep" in vars(each).get("shape", "")]
+    assert vars(record)["trace_id"] == trace.format_trace_id(job.get_span_context().trace_id)
+    assert SECRET not in str(vars(record))
+
+
+async def test_when_nothing_is_instrumented_no_record_is_looked_up(seen: Observatory) -> None:
+    before = list(context_providers)
+    db = Database("postgresql+asyncpg://app@localhost/shop")
+    seen.watch(db)
+    assert len(context_providers) == len(before) + 1
+
+    uninstrument(db)
+    assert context_providers == before
 
 
 # Over HTTP --------------------------------------------------------------------------------------------------

@@ -98,6 +98,8 @@ def uninstrument(database: Database[Any]) -> None:
         known.take_off()
         known.telemetry.board.shown.discard(known.telemetry)
         known.telemetry.end_all()
+        if not _instrumented:
+            context_providers.remove(_ids_of_the_trace)
 
 
 # Metrics ------------------------------------------------------------------------------------------------------
