@@ -146,9 +146,9 @@ def attributes_of(span: ReadableSpan) -> Mapping[str, Any]:
 class Unbuilt:
     """What ``instrument`` asks of a database, and the meter it gives it."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str = "postgresql+asyncpg://app:hunter2@db.example:6432/shop") -> None:
         self.name = "shop"
-        self.engine = Database("postgresql+asyncpg://app:hunter2@db.example:6432/shop").engine
+        self.engine = Database(url).engine
         self.meters: list[Meter] = []
 
     def meter(self, meter: Meter) -> Callable[[], None]:
@@ -269,6 +269,15 @@ async def test_an_unknown_commit_is_an_error_and_a_rollback_is_none(hand: Hand, 
     assert [
         (attributes_of(span)["stanch.outcome"], span.status.status_code) for span in seen.named("transaction")
     ] == [("unknown", StatusCode.ERROR), ("rolled back", StatusCode.UNSET)]
+    assert len({span.start_time for span in seen.named("transaction")}) == 2
+
+
+async def test_a_unit_is_called_as_its_holder_was_at_last(hand: Hand, seen: Observatory) -> None:
+    account = hand.unit("request")
+    account.holder = "GET /orders"
+    hand.meter.closed(account)
+
+    assert attributes_of(seen.one("unit GET /orders"))["stanch.holder"] == "GET /orders"
 
 
 class Lock(SpanProcessor):
@@ -349,7 +358,7 @@ async def test_a_statement_lasts_as_long_in_its_span_as_in_the_histogram_that_po
     assert span.end_time is not None
     assert span.start_time is not None
     assert (span.end_time - span.start_time) / 1e9 == point.sum == 0.25
-    assert [exemplar.span_id for exemplar in point.exemplars] == [span.get_span_context().span_id]
+    assert [seen.by_id()[exemplar.span_id] for exemplar in point.exemplars] == [span]
     assert point.explicit_bounds == (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 
 
@@ -379,6 +388,18 @@ async def test_server_is_named_without_its_password(hand: Hand, seen: Observator
         server_attributes.SERVER_PORT: 6432,
     }
     assert SECRET not in seen.told()
+
+
+async def test_the_usual_port_is_not_told_and_a_file_has_no_address(seen: Observatory) -> None:
+    for url in ("postgresql+asyncpg://app@db.example:5432/shop", f"sqlite+aiosqlite:///{SECRET}.db"):
+        unbuilt: Any = Unbuilt(url)
+        seen.watch(unbuilt)
+        Hand(unbuilt.meters[0]).run("SELECT 1", None)
+        uninstrument(unbuilt)
+
+    of_server, of_file = (point.attributes for point in seen.points("db.client.operation.duration"))
+    assert {"db.namespace", "server.address"} == set(of_server) - set(of_file)
+    assert of_file["db.system.name"] == "sqlite"
 
 
 # Sampling ---------------------------------------------------------------------------------------------------
