@@ -11,7 +11,7 @@ import os
 import time
 from bisect import bisect_left
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stanch.events import ConnectionLeaked, LeakReturned, SessionDropped
 from stanch.ledger import Stats
@@ -236,9 +236,23 @@ class Measuring(Meter):
     def waited(self, seconds: float, end: WaitEnd, account: Account | None) -> None:
         self._waits.add(seconds)
         self._wait_ends[end] += 1
+        if account is None:
+            self._outside().waited += seconds
 
     def returned(self, checkout: Checkout, held: float) -> None:
         self._uses.add(held)
+        if checkout.account is None:
+            route = self._outside()
+            route.held += held
+            route.sql_time += checkout.sql_time
+            route.statements += checkout.statements
+
+    def _outside(self) -> _Route:
+        """Where everything goes that no unit pays for."""
+        route = self._routes.get(NO_ROUTE)
+        if route is None:
+            route = self._routes[NO_ROUTE] = _Route()
+        return route
 
     def executed(
         self,
@@ -308,8 +322,7 @@ class Measuring(Meter):
         """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
-                told = {name: getattr(leak, name) for name in leak.fields()}
-                self._leaks[index] = Leak(**{**told, "held": event.held, "returned": True})
+                self._leaks[index] = leak.but(held=event.held, returned=True)
                 return True
         return False
 
@@ -398,6 +411,6 @@ def _plain(value: Any) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]
+            return [_plain(each) for each in cast("tuple[Any, ...]", value)]
         case _:
             return value
