@@ -24,6 +24,7 @@ class Account:
     """
 
     __slots__ = (
+        "__weakref__",  # a meter may keep something of its own for each
         "held",
         "holder",
         "opened_at",

@@ -200,9 +200,9 @@ class Database(Gathering[S], Generic[S]):
             self.observe(self._measuring.note)
         return self._measuring
 
-    def meter(self, meter: Meter) -> None:
-        """Tell *meter* of every measurable step from now on, on the hot path; see ``Meter``."""
-        self._instruments.add(meter)
+    def meter(self, meter: Meter) -> Callable[[], None]:
+        """Tell *meter* of every measurable step from now on, on the hot path; see ``Meter``. The answer ends it."""
+        return self._instruments.add(meter)
 
     def holdings(self) -> Sequence[Holding]:
         """Who holds a connection now, longest held first; of all pools, readers' included.

@@ -45,6 +45,7 @@ class Checkout:
     """
 
     __slots__ = (
+        "__weakref__",  # a meter may keep something of its own for each
         "account",
         "place",
         "reported",

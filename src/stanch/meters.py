@@ -124,8 +124,11 @@ class Instruments:
     >>> instruments = Instruments()
     >>> instruments.meter is NOBODY
     True
-    >>> instruments.add(mine := Meter())
+    >>> take_off = instruments.add(mine := Meter())
     >>> instruments.meter is mine
+    True
+    >>> take_off()
+    >>> instruments.meter is NOBODY
     True
     """
 
@@ -143,9 +146,19 @@ class Instruments:
         else:
             self._preparing.append(prepare)
 
-    def add(self, meter: Meter) -> None:
-        """Tell *meter* as well from now on."""
+    def add(self, meter: Meter) -> Callable[[], None]:
+        """Tell *meter* as well from now on, until the function is called that this gives."""
         while self._preparing:
             self._preparing.pop()()
-        self._meters.append(meter)
-        self.meter = meter if len(self._meters) == 1 else Meters(*self._meters)
+        self._tell([*self._meters, meter])
+        return lambda: self._tell([other for other in self._meters if other is not meter])
+
+    def _tell(self, meters: list[Meter]) -> None:
+        self._meters = meters
+        match meters:
+            case []:
+                self.meter = NOBODY
+            case [meter]:
+                self.meter = meter
+            case _:
+                self.meter = Meters(*meters)
