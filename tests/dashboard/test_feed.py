@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from stanch.dashboard.feed import Position
 from stanch.dashboard.history import History
 from stanch.events import AttemptFailed, ConnectionSevered, HookFailed
 from stanch.fastapi import install
-from stanch.ledger import Checkout
+from stanch.ledger import Checkout, Stats
 from tests.dashboard.fed import PATH, Fed, Told, app_of, first_of, page_of, told, visitor
 from tests.support.uvicorn_server import serve
 
@@ -43,13 +42,18 @@ def texts(messages: list[Told]) -> list[str]:
     return [message.data["facts"]["reason"] for message in messages if message.event == "happening"]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # nobody tells of it
+            await asyncio.sleep(0.01)
+
+
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten samples a second and turns of one second: the test of a feed need not last as long as a feed."""
     monkeypatch.setattr(history, "PERIOD", 0.1)
     monkeypatch.setattr(dashboard, "_LOOK", 0.02)
     monkeypatch.setattr(dashboard, "_TURN", 1.0)
-    yield
 
 
 # What is told ---------------------------------------------------------------------------------------------
@@ -239,29 +243,21 @@ async def test_viewers_are_bounded_and_a_place_comes_free_when_one_leaves(
 ) -> None:
     monkeypatch.setattr(dashboard, "VIEWERS", 2)
     monkeypatch.setattr(dashboard, "_TURN", 30.0)
-    async with serve(app_of(page_of(Fed()))) as url, httpx.AsyncClient(base_url=url) as client:
+    page = page_of(Fed())
+    async with serve(app_of(page)) as url, httpx.AsyncClient(base_url=url) as client:
         async with client.stream("GET", f"{PATH}/feed"), client.stream("GET", f"{PATH}/feed"):
             full = await client.get(f"{PATH}/feed")
             assert (full.status_code, full.headers["retry-after"]) == (503, "5")
             assert (await client.get(f"{PATH}/snapshot")).status_code == 200
-        async with asyncio.timeout(5):
-            while (await client.get(f"{PATH}/snapshot")).status_code != 200 or await is_full(client):
-                await asyncio.sleep(0.02)
-
-
-async def is_full(client: httpx.AsyncClient) -> bool:
-    async with client.stream("GET", f"{PATH}/feed") as reply:
-        return reply.status_code == 503
+        await until(lambda: page.viewers == 0)
+        assert (await first_of(client))[-1].event == "snapshot"
 
 
 async def test_no_task_outlives_its_viewer(fast: None) -> None:
-    page = page_of(Fed())
-    async with serve(app_of(page)) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serve(app_of(page_of(Fed()))) as url, httpx.AsyncClient(base_url=url) as client:
         for _ in range(3):
             await first_of(client)
-        async with asyncio.timeout(5):
-            while any("dashboard" in task.get_name() for task in asyncio.all_tasks()):
-                await asyncio.sleep(0.02)
+        await until(lambda: not any("dashboard" in task.get_name() for task in asyncio.all_tasks()))
 
 
 async def test_a_viewer_who_takes_nothing_loses_its_place(
@@ -289,21 +285,34 @@ async def test_a_viewer_who_takes_nothing_loses_its_place(
 
 
 async def test_the_sampler_ends_with_the_app_and_begins_again_with_it(fast: None) -> None:
-    page = page_of(Fed())
-    app = app_of(page)
+    """It is one timer of the loop: afterwards there is none of ours, and nobody looks any more."""
+    looks = 0
+
+    class Watched(Fed):
+        def stats(self) -> Stats:
+            nonlocal looks
+            looks += 1
+            return super().stats()
+
+    page = page_of(Watched())
     for _ in range(2):
-        async with serve(app) as url, httpx.AsyncClient(base_url=url) as client:
-            before = (await first_of(client))[-1].data["samples"]["main"]["number"][-1]
-            assert (await first_of(client))[-1].data["samples"]["main"]["number"][-1] >= before
-        last = len((await snapshot_numbers(page)))
-        await asyncio.sleep(0.3)
-        assert len(await snapshot_numbers(page)) <= last + 5
         async with page.lifespan():
-            pass
+            before = looks
+            await until(lambda: looks > before + 2)  # noqa: B023  # waited for in this very round
+        after = looks
+        await asyncio.sleep(0.3)  # three times as long as the next look would take
+        assert looks == after
 
 
-async def snapshot_numbers(page: Any) -> list[int]:
-    return list(page._history.columns(0)["main"]["number"])
+async def test_a_visitor_of_an_app_without_lifespan_begins_it(fast: None) -> None:
+    page = page_of(Fed())
+    async with visitor(app_of(page)) as client:
+        await client.get(f"{PATH}/snapshot")
+        await asyncio.sleep(0.25)
+        whole = (await client.get(f"{PATH}/snapshot")).json()
+    assert len(whole["samples"]["main"]["number"]) >= 2
+    async with page.lifespan():
+        pass
 
 
 def test_a_loop_that_ends_takes_the_sampler_along_and_the_next_begins_it_again() -> None:
@@ -315,7 +324,6 @@ def test_a_loop_that_ends_takes_the_sampler_along_and_the_next_begins_it_again()
         return len(whole["samples"]["main"]["number"])
 
     assert [asyncio.run(visit()) for _ in range(3)] == [1, 2, 3]
-    gc.collect()
 
 
 APP = """
@@ -332,10 +340,8 @@ install(app, Database("sqlite+aiosqlite://"), dashboard="/_stanch", dashboard_ac
 async def test_uvicorn_stops_while_a_page_is_open(sign: signal.Signals, tmp_path: Path) -> None:
     """It waits for open replies, without end unless told otherwise; a feed hears of the signal, and ends."""
     (tmp_path / "served.py").write_text(APP)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "uvicorn", "served:app", "--port", "0", "--app-dir", str(tmp_path)],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "uvicorn", "served:app", "--port", "0", "--app-dir", str(tmp_path)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: ASYNC220  # the start of a child is quick
     try:
         assert server.stderr is not None
         line = await asyncio.to_thread(

@@ -79,7 +79,8 @@ class DashboardApp:
         self._databases = databases
         self._history = History(databases)
         self._feed = Feed(databases, self._history)
-        self._viewers = 0
+        self.viewers = 0
+        """How many are watching the feed now."""
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncGenerator[None]:
@@ -124,18 +125,18 @@ class DashboardApp:
     # The feed -------------------------------------------------------------------------------------------
 
     async def _show(self, request: Request, send: Send) -> None:
-        if self._viewers >= VIEWERS:
+        if self.viewers >= VIEWERS:
             full = _text(503, f"{VIEWERS} are watching already.", **{"retry-after": "5"})
             await full(request.scope, request.receive, send)
             return
-        self._viewers += 1
+        self.viewers += 1
         gone = asyncio.create_task(_until_gone(request), name="stanch dashboard viewer")
         try:
             # A client that has left, or takes nothing: there is nobody to tell.
             with suppress(OSError, TimeoutError):
                 await self._tell(request, send, gone)
         finally:
-            self._viewers -= 1
+            self.viewers -= 1
             gone.cancel()
 
     async def _tell(self, request: Request, send: Send, gone: asyncio.Task[None]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections import deque
+from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class History:
 
     def _look(self) -> None:
         assert self._loop is not None
-        self._timer = self._loop.call_later(PERIOD, self._look)
+        # In a context of its own: it would else keep what the visitor knew who began it.
+        self._timer = self._loop.call_later(PERIOD, self._look, context=Context())
         samples = {database.name: _sample(database) for database in self._databases}
         self._moments.append(Moment(self.latest + 1, self._origin + time.monotonic(), samples))
 
