@@ -9,9 +9,9 @@ const SPANS = [60, 300]; // seconds: at least and at most; between them as long 
 const HEIGHT = 232;
 const LOOKS = {
   in_use: { label: "in use", dash: [], width: 2.5, fill: true },
-  idle: { label: "idle", dash: [7, 4], width: 2 },
+  idle: { label: "idle", dash: [7, 4], width: 1.5 },
   waiting: { label: "waiting", dash: [2, 3], width: 3 },
-  bound: { label: "pool bound", dash: [14, 3, 2, 3], width: 1.5 },
+  bound: { label: "pool bound", dash: [14, 3, 2, 3], width: 1.25 },
 };
 const FONT = "11px system-ui, sans-serif";
 

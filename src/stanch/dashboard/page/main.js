@@ -214,9 +214,10 @@ function draw() {
   tile("wait", atMost(recent.waits?.p99), "the last minute", (recent.waits?.p99 ?? 0) >= 1);
   tile("use", atMost(recent.uses?.p99), "the last minute");
   const { timeout, refused, cancelled, served } = database.wait_ends;
-  tile("failed", count(timeout + refused), `${count(timeout)} timed out, ${count(refused)} refused`, timeout + refused > 0);
+  const failed = timeout + refused;
+  tile("failed", count(failed), failed ? `${count(timeout)} late, ${count(refused)} refused` : "timeouts, refusals", failed > 0);
   const out = database.leaks.filter((leak) => !leak.returned).length;
-  tile("leaks", count(out), `${count(database.leaks.length)} reported in all`, out > 0);
+  tile("leaks", count(out), `${count(database.leaks.length)} reported`, out > 0);
 
   chart.draw(samples, happenings);
   write(find("chart-hint"), `the last ${span(chart.span)}${happenings.length ? "; ▼ an event" : ""}`);
