@@ -112,11 +112,11 @@ async def test_sessions_that_leak_one_by_one_are_a_picture(
     fresh_database: FreshDatabase, browser: Browser
 ) -> None:
     """With STANCH_SCREENSHOTS=1 it takes long enough to be the one in the README; else it leaks two and looks."""
-    leaks, pause, rest = (8, 9.0, 10.0) if TAKES_PICTURE else (2, 0.3, 0.0)
+    leaks, pause, rest = (5, 16.0, 8.0) if TAKES_PICTURE else (2, 0.3, 0.0)
     async with (
-        open_shop(fresh_database, "asyncpg", leak_after=4.0 if TAKES_PICTURE else 0.5, pool_size=9) as shop,
-        looking_at(browser, shop.app, viewport={"width": 1180, "height": 1180}) as visit,
-        customers(8, home := visit.page.url.removesuffix(f"{PATH}/")),
+        open_shop(fresh_database, "asyncpg", leak_after=4.0 if TAKES_PICTURE else 0.5, pool_size=6) as shop,
+        looking_at(browser, shop.app, viewport={"width": 1120, "height": 1030}) as visit,
+        customers(7, home := visit.page.url.removesuffix(f"{PATH}/")),
         httpx.AsyncClient(base_url=home, timeout=30) as client,
     ):
         for _ in range(leaks):
@@ -126,6 +126,8 @@ async def test_sessions_that_leak_one_by_one_are_a_picture(
             "leaks => document.querySelector('.tile.leaks strong').textContent === String(leaks)", arg=leaks
         )
         await asyncio.sleep(rest)
+        if TAKES_PICTURE:
+            await seen(visit, ".tile.waiting strong", r"[2-9]", within=30)
         picture = await visit.page.screenshot(path=PICTURE if TAKES_PICTURE else None)
         assert len(picture) < 250_000
         await shop.forgotten.aclose()

@@ -44,7 +44,7 @@ export class Chart {
   /** How many seconds are shown. */
   get span() {
     const known = this.#samples.length ? this.#samples.at(-1).at - this.#samples[0].at : 0;
-    return Math.min(SPANS[1], Math.max(SPANS[0], Math.ceil(known / 30) * 30));
+    return Math.min(SPANS[1], Math.max(SPANS[0], Math.ceil(known / 10) * 10));
   }
 
   draw(samples, happenings) {

@@ -36,7 +36,7 @@ const holders = new Table(find("holders"), {
       text: (row) => count(row.statements), sort: (row) => row.statements,
     },
     { name: "state", label: "state", text: (row) => `${STATES[row.state] ?? "○"} ${row.state}`, sort: (row) => row.state },
-    { name: "now_at", label: "stands at", kind: "code", text: (row) => row.now_at },
+    { name: "now_at", label: "stands at", kind: "code", text: (row) => (row.now_at === row.state ? "–" : row.now_at) },
   ],
 });
 
@@ -56,7 +56,7 @@ const leaks = new Table(find("leaks"), {
       name: "returned", label: "now",
       text: (row) => (row.returned ? "✓ came back" : "✕ not back"), sort: (row) => (row.returned ? 1 : 0),
     },
-    { name: "now_at", label: "stood at", kind: "code", text: (row) => row.now_at },
+    { name: "now_at", label: "stood at", kind: "code", text: (row) => (row.now_at === row.kind ? "–" : row.now_at) },
   ],
 });
 
