@@ -340,8 +340,7 @@ class Measuring(Meter):
         """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
-                told = {name: getattr(leak, name) for name in leak.fields()}
-                self._leaks[index] = Leak(**{**told, "held": event.held, "returned": True})
+                self._leaks[index] = leak.but(held=event.held, returned=True)
                 return True
         return False
 
@@ -417,7 +416,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
     return kind(name, **{field: getattr(entry, field) for field in entry.__slots__})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     match value:
         case Distribution():
             return value.as_dict()
@@ -437,6 +436,6 @@ def _plain(value: Any) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]
+            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of whatever
         case _:
             return value
