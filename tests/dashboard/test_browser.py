@@ -285,7 +285,7 @@ def lively(name: str = "main") -> Fed:
                 "in use, no SQL running",
             )
         )
-    fed.measuring.waited(5.0, "timeout", None)
+    fed.measuring.waited(5.0, "timeout", Account("GET /a"))
     fed.measuring.note(
         ConnectionLeaked(
             name, "GET /a", "shop.py:10 in f()", "shop.py:11 in f()", "idle in transaction", 30.0, 0.1
