@@ -69,6 +69,24 @@ class Distribution(Value):
                 return bound
         return BOUNDS[-1]
 
+    def since(self, earlier: Distribution) -> Distribution:
+        """What has come to this distribution since it was *earlier*.
+
+        >>> hour = Distribution(count=9, total=9.0, buckets=(1,) * 8 + (0,) * 8 + (1,))
+        >>> hour.since(hour).count
+        0
+        """
+        return Distribution(
+            self.count - earlier.count,
+            self.total - earlier.total,
+            tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values for JSON, with the quantiles that people ask for."""
+        quantiles = {f"p{share}": self.quantile(share / 100) for share in (50, 90, 99)}
+        return {"count": self.count, "total": self.total, **quantiles, "buckets": list(self.buckets)}
+
 
 class Holding(Value):
     """A connection that is out at the moment of a snapshot."""
@@ -328,6 +346,14 @@ class Measuring(Meter):
 
     # Reading --------------------------------------------------------------------------------------------
 
+    def totals(self) -> tuple[Distribution, Distribution, int]:
+        """How long was waited and how long used since the start, and how many waits ended in a refusal or timeout.
+
+        Cheap enough to be asked every second.
+        """
+        failed = self._wait_ends["timeout"] + self._wait_ends["refused"]
+        return self._waits.read(), self._uses.read(), failed
+
     def snapshot(self) -> Snapshot:
         """All numbers of this moment; for people and scrapers, not for the hot path."""
         return Snapshot(
@@ -393,8 +419,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
 def _plain(value: object) -> Any:
     match value:
         case Distribution():
-            quantiles = {f"p{share}": value.quantile(share / 100) for share in (50, 90, 99)}
-            return {"count": value.count, "total": value.total, **quantiles, "buckets": list(value.buckets)}
+            return value.as_dict()
         case Stats():
             counts = {
                 name: getattr(value, name)
@@ -411,6 +436,6 @@ def _plain(value: object) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of whatever
+            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  # of whatever
         case _:
             return value
