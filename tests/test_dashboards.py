@@ -19,6 +19,7 @@ from stanch.events import ConnectionSevered
 from stanch.ledger import Stats
 from stanch.measuring import Measuring
 from stanch.prometheus import StanchCollector
+from tests.support.pages import blocks_of
 
 yaml: Any = import_module("yaml")  # it ships no types
 
@@ -184,6 +185,18 @@ def test_alerts_have_names_of_their_own() -> None:
     names = [rule["alert"] for rule in RULES]
     assert len(set(names)) == len(names) >= 6
     assert all(name.startswith("Stanch") for name in names)
+
+
+@pytest.mark.parametrize("page", ["health", "metrics"])
+def test_what_a_page_shows_as_yaml_is_yaml(page: str) -> None:
+    blocks = [
+        block
+        for block in blocks_of((ASSETS.parent / "how-to" / f"{page}.md").read_text())
+        if block.language == "yaml"
+    ]
+    assert blocks
+    for block in blocks:
+        assert isinstance(yaml.safe_load(block.body), dict)
 
 
 # The dashboard ----------------------------------------------------------------------------------------------

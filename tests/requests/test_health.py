@@ -463,6 +463,21 @@ async def test_a_test_client_asks_from_loops_of_its_own(fresh_database: FreshDat
         assert await asyncio.to_thread(ask) == [200, 200]
 
 
+async def test_a_probe_on_another_loop_is_no_answer_here(fresh_database: FreshDatabase) -> None:
+    db = database(fresh_database.url())
+    health = HealthApp([db], timeout=5.0)
+    async with db, holding(db, 2) as held:
+        here = asyncio.create_task(_ask(health))
+        async with asyncio.timeout(5):
+            while db.stats().waiting != 1:  # noqa: ASYNC110  # of a task that has just begun
+                await asyncio.sleep(0)
+        elsewhere = await asyncio.to_thread(lambda: asyncio.run(_ask(health)))
+        assert [each["database"] for each in elsewhere["databases"]] == ["main"]
+        assert not here.done()
+        await held.aclose()
+        assert (await here)["status"] == "pass"
+
+
 # Judged where it is written ---------------------------------------------------------------------------------
 
 

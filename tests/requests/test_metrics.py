@@ -6,9 +6,9 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import httpx
@@ -20,7 +20,7 @@ from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from stanch import Database
+from stanch import Database, measuring
 from stanch.accounts import Account
 from stanch.callers import NOWHERE
 from stanch.errors import ConfigError
@@ -223,32 +223,25 @@ def test_what_is_described_is_what_is_collected() -> None:
     assert all(not family.samples for family in its.describe())
 
 
-def test_another_thread_may_collect_while_routes_and_statements_come() -> None:
-    """``start_http_server`` of prometheus_client answers on threads of its own."""
+def test_another_thread_may_collect_while_routes_and_statements_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``start_http_server`` of prometheus_client answers on threads of its own: here one comes at each step."""
     measured = Measured()
-    its, failures = collector(measured), list[BaseException]()
-    over = threading.Event()
 
-    def scrape() -> None:
-        try:
-            while not over.is_set():
-                list(its.collect())
-        except BaseException as error:
-            failures.append(error)
+    def work(number: int) -> None:
+        measured.measuring.closed(Account(f"GET /{number}"))
+        measured.measuring.executed(f"SELECT {'a' * number} x", 0.1, None, lambda: NOWHERE, None)
 
-    scraper = threading.Thread(target=scrape)
-    switched, interval = sys.setswitchinterval, sys.getswitchinterval()
-    switched(1e-6)
-    try:
-        scraper.start()
-        for number in range(400):
-            measured.measuring.closed(Account(f"GET /{number}"))
-            measured.measuring.executed(f"SELECT {'a' * number} x", 0.1, None, lambda: NOWHERE, None)
-    finally:
-        over.set()
-        scraper.join()
-        switched(interval)
-    assert failures == []
+    work(1)
+    numbers, totals = count(2), measuring._totals
+
+    def totals_while_work_goes_on(*arguments: Any) -> Any:
+        work(next(numbers))
+        return totals(*arguments)
+
+    monkeypatch.setattr(measuring, "_totals", totals_while_work_goes_on)
+    told = exposed(measured)
+    assert told[of_main("stanch_route_units_total", route="GET /1")] == 1
+    assert next(numbers) >= 4
 
 
 # The endpoint -----------------------------------------------------------------------------------------------
@@ -387,7 +380,7 @@ def test_without_prometheus_client_install_says_what_to_install() -> None:
         import sys
         sys.modules["prometheus_client"] = None
         from fastapi import FastAPI, HTTPException
-        from stanch import Database
+        from stanch import Database, measuring
         from stanch.errors import ConfigError
         from stanch.fastapi import SessionDep, install
         app = FastAPI()
