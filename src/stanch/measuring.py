@@ -334,8 +334,7 @@ class Measuring(Meter):
         """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
-                told = {name: getattr(leak, name) for name in leak.fields()}
-                self._leaks[index] = Leak(**{**told, "held": event.held, "returned": True})
+                self._leaks[index] = leak.but(held=event.held, returned=True)
                 return True
         return False
 
