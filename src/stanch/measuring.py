@@ -410,7 +410,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
     return kind(name, **{field: getattr(entry, field) for field in entry.__slots__})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     match value:
         case Distribution():
             quantiles = {f"p{share}": value.quantile(share / 100) for share in (50, 90, 99)}
@@ -431,6 +431,6 @@ def _plain(value: Any) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of anything
+            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of whatever
         case _:
             return value
