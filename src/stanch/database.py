@@ -34,7 +34,7 @@ from stanch.events import Event, Observer, Observers, WorkDropped
 from stanch.gather import Gathering
 from stanch.guards import Guard, Owner
 from stanch.hooks import Runner
-from stanch.lifetime import Lifetime
+from stanch.lifetime import Lifetime, State
 from stanch.meters import Instruments, Meter
 from stanch.readiness import until_it_answers
 from stanch.retry import Retry
@@ -148,6 +148,11 @@ class Database(Gathering[S], Generic[S]):
     def settings(self) -> Settings:
         """The settings in force."""
         return self._blueprint.settings
+
+    @property
+    def state(self) -> State:
+        """Where it stands in its life: not opened yet, open, closing or closed."""
+        return self._lifetime.state
 
     @property
     def engine(self) -> AsyncEngine:

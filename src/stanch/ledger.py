@@ -190,6 +190,26 @@ class Stats:
             readers=readers,
         )
 
+    @property
+    def own(self) -> Stats:
+        """What of all this is not the readers': ``with_readers()`` undone.
+
+        >>> own = Stats(pool_size=5, max_overflow=2, in_use=1, idle=3, waiting=0)
+        >>> own.with_readers(Stats(pool_size=4, max_overflow=0, in_use=1, idle=0, waiting=2)).own == own
+        True
+        """
+        readers = self.readers
+        if readers is None:
+            return self
+        return Stats(
+            pool_size=self.pool_size - readers.pool_size,
+            max_overflow=self.max_overflow - readers.max_overflow,
+            in_use=self.in_use - readers.in_use,
+            idle=self.idle - readers.idle,
+            waiting=self.waiting - readers.waiting,
+            adopted=self.adopted,
+        )
+
 
 class Waiter(Generic[Slot]):
     """A place in the queue. *wake* is called after the wait has ended in one of three ways, or to look again."""

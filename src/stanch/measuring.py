@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from stanch.events import ConnectionLeaked, LeakReturned, SessionDropped
+from stanch.events import ConnectionLeaked, Event, LeakReturned, SessionDropped
 from stanch.ledger import Stats
 from stanch.meters import Meter
 from stanch.sqltext import shape_of
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
     from stanch.accounts import Account
     from stanch.callers import Place
-    from stanch.events import Event
     from stanch.ledger import Checkout
-    from stanch.meters import WaitEnd
+    from stanch.meters import UnitEnd, WaitEnd
 
 BOUNDS: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -169,6 +168,10 @@ class Snapshot(Value):
     """Those that ran for longest, all together, first."""
     leaks: tuple[Leak, ...]
     """The latest first."""
+    unit_ends: Mapping[str, int]
+    """How many transactions were committed, rolled back, only read, or ended unknown."""
+    event_counts: Mapping[str, int]
+    """How often each kind of event was told, by the name of its class; 0 for what has not happened yet."""
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values for JSON; quantiles of the distributions included."""
@@ -215,12 +218,14 @@ class Measuring(Meter):
     __slots__ = (
         "_creates",
         "_database",
+        "_event_counts",
         "_holders",
         "_leaks",
         "_routes",
         "_started",
         "_statements",
         "_stats",
+        "_unit_ends",
         "_uses",
         "_wait_ends",
         "_waits",
@@ -240,6 +245,8 @@ class Measuring(Meter):
         self._started = time.time()
         self._waits, self._uses, self._creates = _Histogram(), _Histogram(), _Histogram()
         self._wait_ends: dict[str, int] = {"served": 0, "timeout": 0, "refused": 0, "cancelled": 0}
+        self._unit_ends: dict[str, int] = {"committed": 0, "rolled back": 0, "read": 0, "unknown": 0}
+        self._event_counts: dict[str, int] = {}
         self._routes: dict[str, _Route] = {}
         self._statements: dict[str, _Statement] = {}
         self._leaks: deque[Leak] = deque(maxlen=50)
@@ -292,6 +299,9 @@ class Measuring(Meter):
             totals.longest = seconds
             totals.place = str(place())
 
+    def ended(self, account: Account, outcome: UnitEnd) -> None:
+        self._unit_ends[outcome] += 1
+
     def closed(self, account: Account) -> None:
         route = _of(self._routes, account.holder, _ROUTES, _Route)
         route.units += 1
@@ -308,6 +318,8 @@ class Measuring(Meter):
         """Keep *event*; an observer."""
         number, at = self.events[-1][0] + 1 if self.events else 1, time.time()
         self.events.append((number, at, event))
+        name = type(event).__name__
+        self._event_counts[name] = self._event_counts.get(name, 0) + 1
         if isinstance(event, ConnectionLeaked):
             self._add_leak(event, at, now_at=event.now_at, kind=event.kind)
         elif isinstance(event, LeakReturned):
@@ -355,7 +367,8 @@ class Measuring(Meter):
         return self._waits.read(), self._uses.read(), failed
 
     def snapshot(self) -> Snapshot:
-        """All numbers of this moment; for people and scrapers, not for the hot path."""
+        """All numbers of this moment; for people and scrapers, not for the hot path. Any thread may ask."""
+        # Each table is copied in one step: on another thread a loop over it would meet entries that are just coming.
         return Snapshot(
             database=self._database,
             pid=os.getpid(),
@@ -369,17 +382,19 @@ class Measuring(Meter):
             wait_ends=dict(self._wait_ends),
             routes=tuple(
                 sorted(
-                    (_totals(RouteTotals, name, each) for name, each in self._routes.items()),
+                    (_totals(RouteTotals, name, each) for name, each in list(self._routes.items())),
                     key=lambda row: -row.held,
                 )
             ),
             statements=tuple(
                 sorted(
-                    (_totals(StatementTotals, shape, each) for shape, each in self._statements.items()),
+                    (_totals(StatementTotals, shape, each) for shape, each in list(self._statements.items())),
                     key=lambda row: -row.total,
                 )
             ),
-            leaks=tuple(reversed(self._leaks)),
+            leaks=tuple(reversed(tuple(self._leaks))),
+            unit_ends=dict(self._unit_ends),
+            event_counts={**dict.fromkeys(_kinds_of_events(), 0), **self._event_counts},
         )
 
 
@@ -410,6 +425,11 @@ def _of(table: dict[str, Any], key: str, most: int, new: Callable[[], Any]) -> A
     if entry is None:
         entry = table[key] = new()
     return entry
+
+
+def _kinds_of_events() -> list[str]:
+    """Also those that have not been told yet: a counter that begins at 1 has never been seen to rise."""
+    return [kind.__name__ for kind in Event.__subclasses__() if kind.__module__ == Event.__module__]
 
 
 def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:

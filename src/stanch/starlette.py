@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, routes_around, unit_of
@@ -52,6 +52,7 @@ def install(
     exception_handlers: bool = True,
     wait: float = 0.0,
     health: str | None = None,
+    health_timeout: float = 0.7,
     metrics: str | None = None,
     dashboard: str | None = None,
     dashboard_access: Access | None = None,
@@ -67,8 +68,10 @@ def install(
     ``exception_handlers=False`` leave these parts to you: ``db.lifespan``, ``add_exception_handlers``.
 
     *health*, *metrics* and *dashboard* are paths at which the app shows how its databases are; None: nowhere. The
-    first is for probes, the second for Prometheus (``stanch[prometheus]``), the third a page for people. The page
-    refuses everyone but whom *dashboard_access* lets in: ``"loopback"``, or a function of the request.
+    first is for probes: ``/live``, ``/ready`` and ``/startup`` below it, and itself as ``/ready``; *health_timeout*
+    (seconds) is the time in which a connection must be had and answer. The second is for Prometheus
+    (``stanch[prometheus]``), the third a page for people. The page refuses everyone but whom *dashboard_access* lets
+    in: ``"loopback"``, or a function of the request.
     """
     if app.middleware_stack is not None:
         raise ConfigError(
@@ -86,8 +89,20 @@ def install(
         unsaved=unsaved or "warn",
         request_timeout=request_timeout,
     )
+    if middleware is not None:
+        _judge_second_words(
+            middleware, commit_mode=commit_mode, unsaved=unsaved, request_timeout=request_timeout
+        )
+    instruments = _instruments(
+        known,  # the list itself: what is added to it, now and by later installs, is shown as well
+        health=health,
+        health_timeout=health_timeout,
+        metrics=metrics,
+        dashboard=dashboard,
+        dashboard_access=dashboard_access,
+    )
+    known += [database for database in databases if database not in known]
     if middleware is None:
-        known += databases
         # The last of the list is innermost; what add_middleware() adds later stays outside.
         app.user_middleware.append(
             Middleware(
@@ -98,23 +113,14 @@ def install(
                 request_timeout=request_timeout,
             )
         )
-    else:
-        _judge_second_words(
-            middleware, commit_mode=commit_mode, unsaved=unsaved, request_timeout=request_timeout
-        )
-        known += [database for database in databases if database not in known]
     if lifespan:
         _wrap_lifespan(app, databases, wait)
     if exception_handlers:
         add_exception_handlers(app)
-    _serve_instruments(
-        app,
-        known,
-        health=health,
-        metrics=metrics,
-        dashboard=dashboard,
-        dashboard_access=dashboard_access,
-    )
+    app.router.routes[:0] = instruments
+    if metrics is not None or dashboard is not None:
+        for database in known:
+            database.measure()
 
 
 def add_exception_handlers(app: Starlette) -> None:
@@ -223,44 +229,57 @@ def _told(error: Exception) -> str:
 # Private --------------------------------------------------------------------------------------------------
 
 
-def _serve_instruments(
-    app: Starlette,
+def _instruments(
     databases: Sequence[Database[Any]],
     *,
     health: str | None,
+    health_timeout: float,
     metrics: str | None,
     dashboard: str | None,
     dashboard_access: Access | None,
-) -> None:
+) -> list[BaseRoute]:
+    routes: list[BaseRoute] = []
     if health is not None:
         from stanch.health import HealthApp  # noqa: PLC0415  # for those who ask
 
-        _serve(app, "health", health, HealthApp(databases))
+        routes += _at("health", health, HealthApp(databases, timeout=health_timeout))
     if metrics is not None:
-        from stanch.prometheus import MetricsApp  # noqa: PLC0415  # an extra
-
-        _serve(app, "metrics", metrics, MetricsApp(databases))
+        routes += _at("metrics", metrics, _metrics_app(databases))
     if dashboard is not None:
         from stanch.dashboard import DashboardApp  # noqa: PLC0415  # for those who ask
 
         page = DashboardApp(databases, access=dashboard_access)
-        _serve(app, "dashboard", dashboard, page)
+        routes += _at("dashboard", dashboard, page)
         _wrap_lifespan_with(app, page.lifespan)
     elif dashboard_access is not None:
         raise ConfigError(
             "install: dashboard_access lets people in, but there is no dashboard",
             remedies=['Write dashboard="/_stanch" as well.'],
         )
+    return routes
 
 
-def _serve(app: Starlette, setting: str, path: str, endpoint: ASGIApp) -> None:
-    """Answer at *path* and below it, before any route of the app, and outside its documentation."""
+def _metrics_app(databases: Sequence[Database[Any]]) -> ASGIApp:
+    try:
+        from stanch.prometheus import MetricsApp  # noqa: PLC0415  # an extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        raise ConfigError(
+            "install: metrics needs the package prometheus-client, which is not installed",
+            remedies=["pip install 'stanch[prometheus]'"],
+        ) from None
+    return MetricsApp(databases)
+
+
+def _at(setting: str, path: str, endpoint: ASGIApp) -> list[BaseRoute]:
+    """Answers at *path* and below it, before any route of the app, and outside its documentation."""
     if not path.startswith("/") or path.endswith("/"):
         raise ConfigError(
             f"install: {setting} must be a path that begins with a slash and does not end with one",
             remedies=[f'Write {setting}="/{setting}".'],
         )
-    app.router.routes[:0] = [Route(path, endpoint), Route(path + "/{rest:path}", endpoint)]
+    return [Route(where, endpoint, include_in_schema=False) for where in (path, path + "/{rest:path}")]
 
 
 def _installed_middleware(app: Starlette) -> Middleware | None:

@@ -48,7 +48,7 @@ FENCE: Final = re.compile(r"^```(?P<language>[^\n`]*)\n(?P<body>.*?)^```[ \t]*$"
 INDENTED_FENCE: Final = re.compile(r"^[ \t]+(```|~~~)|^~~~", re.MULTILINE)
 FILE_NAME: Final = re.compile(r"# (?P<stem>[a-z_]+)\.py\n")
 PLACEHOLDER: Final = re.compile(r"app@localhost/(?P<name>[a-z_]+)")
-LANGUAGES: Final = frozenset({"python", "text", "console", "ini", "toml", "sql"})
+LANGUAGES: Final = frozenset({"python", "text", "console", "ini", "json", "toml", "sql", "yaml"})
 """What a block may be called. Only these, so that no ``py`` or ``pycon`` slips by unexecuted."""
 
 NOT_SHOWN_TO_READERS: Final = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)
