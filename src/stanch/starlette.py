@@ -94,6 +94,7 @@ def install(
             middleware, commit_mode=commit_mode, unsaved=unsaved, request_timeout=request_timeout
         )
     instruments = _instruments(
+        app,
         known,  # the list itself: what is added to it, now and by later installs, is shown as well
         health=health,
         health_timeout=health_timeout,
@@ -230,6 +231,7 @@ def _told(error: Exception) -> str:
 
 
 def _instruments(
+    app: Starlette,
     databases: Sequence[Database[Any]],
     *,
     health: str | None,
