@@ -27,7 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     explaining = commands.add_parser(
         "explain", help="what an error means, how to see it and how to mend it; without CODE: all codes"
     )
-    explaining.add_argument("code", nargs="?", metavar="CODE", help="the last line of the error names it")
+    explaining.add_argument(
+        "code",
+        nargs="?",
+        metavar="CODE",
+        help="the last line of the error names it; the type of a problem report or an SQLSTATE will do",
+    )
     return parser
 
 
@@ -40,11 +45,11 @@ def _list_codes() -> int:
 
 
 def _explain(code: str) -> int:
-    try:
-        print(explain.page(code), end="")
-    except KeyError:
+    meant = explain.meant_by(code)
+    if meant is None:
         near = explain.near(code)
         hint = f"did you mean {' or '.join(near)}?" if near else "stanch explain lists all codes"
         print(f"no error has the code {code!r}; {hint}", file=sys.stderr)
         return 2
+    print(explain.page(meant), end="")
     return 0
