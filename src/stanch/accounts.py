@@ -7,6 +7,10 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from weakref import ReferenceType
+
+    from sqlalchemy.orm import Session
+
     from stanch.callers import Place
 
 
@@ -21,7 +25,9 @@ class Account:
         "holder",
         "opened_at",
         "place",
+        "repeated",
         "rolled_back",
+        "session",
         "shapes",
         "sql_time",
         "statements",
@@ -41,8 +47,13 @@ class Account:
         self.held = 0.0
         """With a connection out, all checkouts together that have ended."""
         self.rolled_back = False
+        """Whether work of it was undone."""
+        self.session: ReferenceType[Session] | None = None
+        """The session of the unit, which may have been dropped."""
         self.shapes: dict[str, int] | None = None
-        """How often each shape of statement was executed; kept only where somebody measures."""
+        """How often each text of a statement was sent in the transaction now open; None where that is not counted."""
+        self.repeated = False
+        """Whether one of them came suspiciously often; see ``repeated_statement``."""
 
 
 paying: Final[ContextVar[Account | None]] = ContextVar("stanch account", default=None)

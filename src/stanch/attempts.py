@@ -199,8 +199,7 @@ def refuse_inside(host: Host[Any], what: str) -> None:
         where = f"inside the work of another run_transaction() of database {host.name!r}"
     elif (held := host.held_by(task)) is not None:
         where = (
-            f"by a task that has held a connection of database {host.name!r}"
-            f" for {time.monotonic() - held.since:.3f} s: {held.holder}"
+            f"by a task that holds a connection of database {host.name!r}: {held.told_at(time.monotonic())}"
         )
     else:
         return

@@ -45,13 +45,34 @@ class Place:
 NOWHERE: Final = Place("?", 0, "?")
 """No line of user code was on the stack."""
 
+_KEPT: Final = 10_000
+"""How many files are remembered as the user's or not; generated code could have any number."""
+
+_users: Final[dict[str, bool]] = {}
+"""Whether a file is the user's: the question is asked for some twenty frames at each checkout."""
+
 
 def place_of_caller() -> Place:
     """The nearest line of user code on the stack of whoever calls, or ``NOWHERE``.
 
-    Frames of stanch and of installed packages are passed over; SQLAlchemy's greenlets are crossed.
+    Frames of stanch and of installed packages are passed over; SQLAlchemy's greenlets are crossed. Where the running
+    task begins the search ends: what runs the event loop has asked for nothing.
     """
-    return next((_place(frame) for frame in _running_frames() if _is_users(frame)), NOWHERE)
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # CPython's documented way to a frame without a traceback
+    fiber: greenlet | None = None
+    task = current_task()
+    outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
+    while True:
+        while frame is not None:
+            if _users.get(frame.f_code.co_filename) or _is_users(frame):
+                return _place(frame)
+            if frame is outermost:
+                return NOWHERE
+            frame = frame.f_back
+        fiber = (getcurrent() if fiber is None else fiber).parent
+        if fiber is None:
+            return NOWHERE
+        frame = fiber.gr_frame
 
 
 def whereabouts(task: asyncio.Task[object] | None) -> str:
@@ -64,9 +85,16 @@ def whereabouts(task: asyncio.Task[object] | None) -> str:
         return "no task"
     if task.done():
         return f"{task.get_name()}, which is gone"
+    here = place_of_task(task)
+    return task.get_name() if here is NOWHERE else f"{task.get_name()}, now at {here}"
+
+
+def place_of_task(task: asyncio.Task[object] | None) -> Place:
+    """The innermost line of user code at which *task* stands now, or ``NOWHERE``."""
+    if task is None or task.done():
+        return NOWHERE
     frames = _running_frames() if task is current_task() else reversed([*_awaiting_frames(task)])
-    here = next((f", now at {_place(frame)}" for frame in frames if _is_users(frame)), "")
-    return f"{task.get_name()}{here}"
+    return next((_place(frame) for frame in frames if _is_users(frame)), NOWHERE)
 
 
 def current_loop() -> asyncio.AbstractEventLoop | None:
@@ -112,7 +140,12 @@ def _awaiting_frames(task: asyncio.Task[object]) -> Iterator[FrameType]:
 
 def _is_users(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
-    return not (file.startswith((_SELF, "<")) or any(library in file for library in _LIBRARIES))
+    known = _users.get(file)
+    if known is None:
+        known = not (file.startswith((_SELF, "<")) or any(library in file for library in _LIBRARIES))
+        if len(_users) < _KEPT:
+            _users[file] = known
+    return known
 
 
 def _place(frame: FrameType) -> Place:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
+    from stanch.callers import Place
     from stanch.drivers import Driver
     from stanch.engines import Equipped
     from stanch.ledger import Checkout, Stats
@@ -114,9 +116,17 @@ class Database(Gathering[S], Generic[S]):
         self._lifetime = Lifetime(name)
         self._session_class = _judge_session_class(session_class)
         if not isinstance(source, AsyncEngine):
-            self._blueprint = from_url(judge_url(source), settings, observers=self._observers, database=name)
+            self._blueprint = from_url(
+                judge_url(source),
+                settings,
+                observers=self._observers,
+                instruments=self._instruments,
+                database=name,
+            )
         elif adopt:
-            self._blueprint = from_engine(source, settings, observers=self._observers, database=name)
+            self._blueprint = from_engine(
+                source, settings, observers=self._observers, instruments=self._instruments, database=name
+            )
         else:
             self._blueprint = beside_engine(source, settings)
 
@@ -194,8 +204,15 @@ class Database(Gathering[S], Generic[S]):
         self._instruments.add(meter)
 
     def holdings(self) -> Sequence[Holding]:
-        """Who holds a connection now, longest first."""
-        raise NotImplementedError
+        """Who holds a connection now, longest held first; of all pools, readers' included.
+
+        Not known of an engine that keeps its own pool (``adopt=False``): then it is empty.
+        """
+        from stanch.measuring import holding_of  # noqa: PLC0415  # only for those who ask
+
+        now = time.monotonic()
+        held = (checkout for pool in self._equipped.pools for checkout in pool.held())
+        return [holding_of(checkout, now) for checkout in sorted(held, key=lambda checkout: checkout.since)]
 
     def tell(self, event: Event) -> None:
         """Tell the log and every observer of *event*; for stanch's own shells."""
@@ -367,9 +384,11 @@ class Database(Gathering[S], Generic[S]):
         held = [checkout for pool in self._equipped.pools if (checkout := pool.held_by(task)) is not None]
         return min(held, key=lambda checkout: checkout.since, default=None)
 
-    def new_session(self, holder: str, options: Mapping[str, Any] | None = None) -> S:
+    def new_session(
+        self, holder: str, options: Mapping[str, Any] | None = None, *, place: Place | None = None
+    ) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
-        guard = Guard(holder, database=self.name, on_end=self._session_ended)
+        guard = Guard(holder, database=self.name, place=place, on_end=self._session_ended)
         guard.connection_options = options or {}
         session = self.session_factory(guard=guard)
         self._lifetime.enter()
@@ -382,7 +401,8 @@ class Database(Gathering[S], Generic[S]):
     ) -> tuple[S, Ending]:
         """A session of the calling line, within *timeout* and whatever deadline is in force, and what must end it."""
         deadline = earlier(Deadline.given(timeout, f"{what}(timeout=)"), in_force())
-        session = self.new_session(str(place_of_caller()), options)
+        place = place_of_caller()
+        session = self.new_session(str(place), options, place=place)
         ending = Ending(session)
         ending.keep_to(deadline)
         return session, ending
@@ -397,6 +417,7 @@ class Database(Gathering[S], Generic[S]):
             settings,
             self._observers,
             runner,
+            self._instruments,
             judges_statements=self._equipped.pool is not None,
             readers=None if self._equipped.readers is None else self._equipped.readers.engine.sync_engine,
         )

@@ -25,6 +25,7 @@ from stanch.pool import Pool
 from stanch.seams import TransactionEnds, translate_errors
 from stanch.settings import Settings
 from stanch.statements import judge_statements
+from stanch.timing import Clock, Sending
 from stanch.unverified import Unverified
 from stanch.values import Value
 from stanch.watch import Watch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver, Plan
     from stanch.events import Observers
+    from stanch.meters import Instruments
     from stanch.unverified import Verifier
 
 
@@ -93,12 +95,14 @@ class Blueprint(Value):
     build: Callable[[], Equipped]
 
 
-def from_url(url: URL, given: Mapping[str, Any], *, observers: Observers, database: str) -> Blueprint:
+def from_url(
+    url: URL, given: Mapping[str, Any], *, observers: Observers, instruments: Instruments, database: str
+) -> Blueprint:
     """A new engine for *url*, built on first use; every setting and URL parameter is judged now."""
     driver = driver_of(url)
     plan = driver.plan(url, Settings.judge(**given))
     settings = plan.settings
-    equip = partial(_equip, driver=driver, observers=observers, database=database)
+    equip = partial(_equip, driver=driver, observers=observers, instruments=instruments, database=database)
     if settings.reader_pool_size is None:
         return Blueprint(settings, driver, lambda: equip(_made(plan), settings=settings))
     of_readers = driver.plan(url, settings.for_readers())
@@ -116,7 +120,12 @@ def _made(plan: Plan) -> AsyncEngine:
 
 
 def from_engine(
-    engine: AsyncEngine, given: Mapping[str, Any], *, observers: Observers, database: str
+    engine: AsyncEngine,
+    given: Mapping[str, Any],
+    *,
+    observers: Observers,
+    instruments: Instruments,
+    database: str,
 ) -> Blueprint:
     """Take an existing *engine* over: its pool is replaced now by ours of the same size, its listeners are kept.
 
@@ -135,7 +144,14 @@ def from_engine(
         driver.adopt(parameters, settings)
 
     event.listen(sync_engine, "do_connect", adopt)
-    equipped = _equip(engine, settings=settings, driver=driver, observers=observers, database=database)
+    equipped = _equip(
+        engine,
+        settings=settings,
+        driver=driver,
+        observers=observers,
+        instruments=instruments,
+        database=database,
+    )
     return Blueprint(settings, driver, lambda: equipped)
 
 
@@ -160,13 +176,20 @@ def _equip(
     settings: Settings,
     driver: Driver,
     observers: Observers,
+    instruments: Instruments,
     database: str,
     reads_only: bool = False,
 ) -> Equipped:
     sync_engine = engine.sync_engine
     watch = Watch(driver)
     driver.prepare_engine(engine, settings)
-    judge_statements(sync_engine, settings)
+    sending = Sending(sync_engine.dialect)
+    clock = Clock(settings, observers=observers, instruments=instruments, database=database)
+    if settings.track_holders:
+        sending.keep_time(clock)
+    else:
+        instruments.prepare(partial(sending.keep_time, clock))
+    judge_statements(sync_engine, settings, sending)
     translate_errors(sync_engine, redacted=sync_engine.hide_parameters, reads_only=reads_only)
     keep_cancelled_connections(sync_engine, driver=driver)
     pool = Pool(
@@ -175,6 +198,7 @@ def _equip(
         driver=driver,
         watch=watch,
         observers=observers,
+        instruments=instruments,
         database=database,
         sized_by="reader_pool_size" if reads_only else "pool_size or max_overflow",
     )
@@ -193,7 +217,9 @@ def _equip(
             open_beside=pool.open_beside,
         )
     verifier.attach(pool)
-    TransactionEnds(sync_engine, settings, driver=driver, watch=watch, verifier=verifier).replace()
+    TransactionEnds(
+        sync_engine, settings, driver=driver, watch=watch, verifier=verifier, sending=sending
+    ).replace()
     return Equipped(engine, pool)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from stanch.accounts import Account
 from stanch.callers import current_task, whereabouts
 from stanch.completion import is_ours
 from stanch.deadlines import impose, lift
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import SessionTransaction
 
+    from stanch.callers import Place
     from stanch.deadlines import Deadline
 
 _FIRST: Final = Attempt()
@@ -46,8 +48,10 @@ class Guard:
         "_imposed",
         "_left",
         "_on_end",
+        "account",
         "attempt",
         "barred",
+        "commits",
         "committed",
         "connection_options",
         "database",
@@ -55,7 +59,6 @@ class Guard:
         "doubtful",
         "dropped",
         "ended_at",
-        "holder",
         "hooks",
         "hooks_wait",
         "inside",
@@ -71,9 +74,10 @@ class Guard:
         holder: str,
         *,
         database: str = "?",
+        place: Place | None = None,
         on_end: Callable[[Guard, tuple[str, ...]], None] | None = None,
     ) -> None:
-        self.holder = holder
+        self.account = Account(holder, place)
         self.database = database
         self._on_end = on_end
         self.connection_options: Mapping[str, Any] = {}
@@ -84,6 +88,8 @@ class Guard:
         """Which of several attempts at the same work this is."""
         self.committed = False
         """Whether a transaction of this session has been committed."""
+        self.commits = False
+        """Whether that is the one which is ending now."""
         self.ended_at: datetime | None = None
         self.rollback_only = False
         self.hooks: Hooks[SessionTransaction] = Hooks()
@@ -105,6 +111,15 @@ class Guard:
         self.inside: asyncio.Task[object] | None = None
         self._depth = 0
         self._left: asyncio.Event | None = None
+
+    @property
+    def holder(self) -> str:
+        """Whose session it is, in words."""
+        return self.account.holder
+
+    @holder.setter
+    def holder(self, holder: str) -> None:
+        self.account.holder = holder
 
     def enter(self) -> None:
         """The running task comes in; it may come in again. Another task is refused.
@@ -160,13 +175,15 @@ class Guard:
         finally:
             self.leave()
 
-    def end(self, *, dropped: tuple[str, ...]) -> None:
-        """The session was closed for good, dropping these uncommitted writes; the owner is told once."""
-        if self.ended_at is None:
-            self.ended_at = datetime.now(UTC)
-            self.dropped = dropped
-            if self._on_end is not None:
-                self._on_end(self, dropped)
+    def end(self, *, dropped: tuple[str, ...]) -> bool:
+        """The session was closed for good, dropping these uncommitted writes; the owner is told. False: told before."""
+        if self.ended_at is not None:
+            return False
+        self.ended_at = datetime.now(UTC)
+        self.dropped = dropped
+        if self._on_end is not None:
+            self._on_end(self, dropped)
+        return True
 
     def refuse_overdue(self) -> None:
         """Raise ``DeadlinePassed`` once there is a deadline and it has passed."""
@@ -182,7 +199,7 @@ class Guard:
 
     def note_commit(self, frame: Frame | None) -> None:
         """What was done is stored, although SQLAlchemy will not say so."""
-        self.committed = True
+        self.committed = self.commits = True
         self.wrote.clear()
         self.doubtful.clear()
         if frame is not None:

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from stanch.callers import NOWHERE, whereabouts
+from stanch.callers import NOWHERE, place_of_task
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,7 +36,17 @@ class Checkout:
     into it, and it is final once the connection is back.
     """
 
-    __slots__ = ("account", "place", "running_since", "since", "sql_time", "statements", "task")
+    __slots__ = (
+        "account",
+        "place",
+        "reported",
+        "running_since",
+        "since",
+        "sql_time",
+        "statement",
+        "statements",
+        "task",
+    )
 
     def __init__(
         self,
@@ -56,11 +66,51 @@ class Checkout:
         """Of statements that have ended; see ``running_since``."""
         self.running_since: float | None = None
         """Since when a statement has been running."""
+        self.statement = ""
+        """The text of the latest one, with its literals: never to be shown, but as its shape."""
+        self.reported = False
+        """Whether it was told as a leak."""
 
     @property
     def holder(self) -> str:
-        """The holder in words: its task and where that task stands now."""
-        return whereabouts(self.task)
+        """Who has it: the unit of work, or outside any the task."""
+        if self.account is not None:
+            return self.account.holder
+        return "no task" if self.task is None else self.task.get_name()
+
+    @property
+    def now_at(self) -> str:
+        """Where its task stands now, in words; nothing where that is not known."""
+        if self.is_orphan:
+            return "its task is gone"
+        here = place_of_task(self.task)
+        return "" if here is NOWHERE else str(here)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its task has ended. Another one may have been given the session, and may be using it."""
+        return self.task is not None and self.task.done()
+
+    def sql_time_at(self, now: float) -> float:
+        """How long SQL has run on it until *now*, also of a statement that still runs."""
+        running_since = self.running_since
+        return self.sql_time + (0.0 if running_since is None else now - running_since)
+
+    def told_at(self, now: float) -> str:
+        """Who has it, from where, for how long, of that in SQL, and where the holder is now: one line for people."""
+        name = "" if self.task is None else self.task.get_name()
+        told = self.holder
+        if name and self.account is not None and not name.startswith("Task-"):
+            told += f" ({name})"
+        if self.place is not NOWHERE:
+            told += f", {self.place}" if str(self.place) != self.holder else ""
+        told += f", {now - self.since:.2f} s"
+        if self.place is not NOWHERE:
+            told += f", of which SQL {self.sql_time_at(now):.3f} s"
+        now_at = self.now_at
+        if self.is_orphan:
+            return f"{told}; {now_at}"
+        return f"{told}; now at {now_at}" if now_at and now_at != str(self.place) else told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +265,10 @@ class Ledger(Generic[Slot]):
     def holds(self, slot: Slot) -> bool:
         """Whether *slot* is out."""
         return id(slot) in self._out
+
+    def checkout(self, slot: Slot) -> Checkout:
+        """The entry of *slot*, which is out."""
+        return self._out[id(slot)][1]
 
     def clear_idle(self) -> list[Slot]:
         """Forget all idle slots and return them, for the caller to close."""

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+from stanch.events import ConnectionLeaked, LeakReturned, SessionDropped
 from stanch.ledger import Stats
 from stanch.meters import Meter
 from stanch.sqltext import shape_of
@@ -68,6 +69,24 @@ class Distribution(Value):
                 return bound
         return BOUNDS[-1]
 
+    def since(self, earlier: Distribution) -> Distribution:
+        """What has come to this distribution since it was *earlier*.
+
+        >>> hour = Distribution(count=9, total=9.0, buckets=(1,) * 8 + (0,) * 8 + (1,))
+        >>> hour.since(hour).count
+        0
+        """
+        return Distribution(
+            self.count - earlier.count,
+            self.total - earlier.total,
+            tuple(now - then for now, then in zip(self.buckets, earlier.buckets, strict=True)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values for JSON, with the quantiles that people ask for."""
+        quantiles = {f"p{share}": self.quantile(share / 100) for share in (50, 90, 99)}
+        return {"count": self.count, "total": self.total, **quantiles, "buckets": list(self.buckets)}
+
 
 class Holding(Value):
     """A connection that is out at the moment of a snapshot."""
@@ -96,7 +115,7 @@ class RouteTotals(Value):
     held: float
     rolled_back: int
     repeated: int
-    """Units in which one shape of statement came suspiciously often."""
+    """Units in which one statement came suspiciously often; see ``repeated_statement``."""
 
 
 class StatementTotals(Value):
@@ -202,7 +221,6 @@ class Measuring(Meter):
         "_started",
         "_statements",
         "_stats",
-        "_suspicious",
         "_uses",
         "_wait_ends",
         "_waits",
@@ -215,13 +233,10 @@ class Measuring(Meter):
         *,
         stats: Callable[[], Stats],
         holders: Callable[[], Iterable[Holding]],
-        suspicious: int = 10,
     ) -> None:
         self._database = database
         self._stats = stats
         self._holders = holders
-        self._suspicious = suspicious
-        """From how many times on one shape of statement in a unit is counted as repeated."""
         self._started = time.time()
         self._waits, self._uses, self._creates = _Histogram(), _Histogram(), _Histogram()
         self._wait_ends: dict[str, int] = {"served": 0, "timeout": 0, "refused": 0, "cancelled": 0}
@@ -262,10 +277,6 @@ class Measuring(Meter):
         if seconds > totals.longest:
             totals.longest = seconds
             totals.place = str(place())
-        account = None if checkout is None else checkout.account
-        if account is not None:
-            shapes = account.shapes = account.shapes if account.shapes is not None else {}
-            shapes[shape] = shapes.get(shape, 0) + 1
 
     def closed(self, account: Account) -> None:
         route = _of(self._routes, account.holder, _ROUTES, _Route)
@@ -275,18 +286,60 @@ class Measuring(Meter):
         route.waited += account.waited
         route.held += account.held
         route.rolled_back += account.rolled_back
-        route.repeated += (
-            account.shapes is not None and max(account.shapes.values(), default=0) >= self._suspicious
-        )
+        route.repeated += account.repeated
 
     # Events ---------------------------------------------------------------------------------------------
 
     def note(self, event: Event) -> None:
         """Keep *event*; an observer."""
-        number = self.events[-1][0] + 1 if self.events else 1
-        self.events.append((number, time.time(), event))
+        number, at = self.events[-1][0] + 1 if self.events else 1, time.time()
+        self.events.append((number, at, event))
+        if isinstance(event, ConnectionLeaked):
+            self._add_leak(event, at, now_at=event.now_at, kind=event.kind)
+        elif isinstance(event, LeakReturned):
+            self._mark_returned(event)
+        elif isinstance(event, SessionDropped) and not self._mark_returned(event):
+            self._add_leak(event, at, now_at="", kind="dropped unclosed", returned=True)
+
+    def _add_leak(
+        self,
+        event: ConnectionLeaked | SessionDropped,
+        at: float,
+        *,
+        now_at: str,
+        kind: str,
+        returned: bool = False,
+    ) -> None:
+        self._leaks.append(
+            Leak(
+                at=at,
+                holder=event.holder,
+                place=event.place,
+                now_at=now_at,
+                kind=kind,
+                held=event.held,
+                returned=returned,
+            )
+        )
+
+    def _mark_returned(self, event: LeakReturned | SessionDropped) -> bool:
+        """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
+        for index, leak in enumerate(self._leaks):
+            if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
+                told = {name: getattr(leak, name) for name in leak.fields()}
+                self._leaks[index] = Leak(**{**told, "held": event.held, "returned": True})
+                return True
+        return False
 
     # Reading --------------------------------------------------------------------------------------------
+
+    def totals(self) -> tuple[Distribution, Distribution, int]:
+        """How long was waited and how long used since the start, and how many waits ended in a refusal or timeout.
+
+        Cheap enough to be asked every second.
+        """
+        failed = self._wait_ends["timeout"] + self._wait_ends["refused"]
+        return self._waits.read(), self._uses.read(), failed
 
     def snapshot(self) -> Snapshot:
         """All numbers of this moment; for people and scrapers, not for the hot path."""
@@ -317,6 +370,25 @@ class Measuring(Meter):
         )
 
 
+def holding_of(checkout: Checkout, now: float) -> Holding:
+    """*checkout* as it is *now*, a moment of the monotonic clock."""
+    if checkout.running_since is not None:
+        state = "running SQL"
+    elif checkout.is_orphan:
+        state = "its task is gone"
+    else:
+        state = "in use, no SQL running"
+    return Holding(
+        holder=checkout.holder,
+        place=str(checkout.place),
+        now_at=checkout.now_at,
+        held=now - checkout.since,
+        sql_time=checkout.sql_time_at(now),
+        statements=checkout.statements,
+        state=state,
+    )
+
+
 def _of(table: dict[str, Any], key: str, most: int, new: Callable[[], Any]) -> Any:
     """The entry of *key*; past *most* of them the one that stands for all others."""
     if key not in table and len(table) >= most:
@@ -334,8 +406,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
 def _plain(value: Any) -> Any:
     match value:
         case Distribution():
-            quantiles = {f"p{share}": value.quantile(share / 100) for share in (50, 90, 99)}
-            return {"count": value.count, "total": value.total, **quantiles, "buckets": list(value.buckets)}
+            return value.as_dict()
         case Stats():
             counts = {
                 name: getattr(value, name)

@@ -129,13 +129,23 @@ class Instruments:
     True
     """
 
-    __slots__ = ("_meters", "meter")
+    __slots__ = ("_meters", "_preparing", "meter")
 
     def __init__(self) -> None:
         self._meters: list[Meter] = []
+        self._preparing: list[Callable[[], None]] = []
         self.meter: Meter = NOBODY
+
+    def prepare(self, prepare: Callable[[], None]) -> None:
+        """Call *prepare* before the first meter is told of anything: what nobody measures need not be timed."""
+        if self._meters:
+            prepare()
+        else:
+            self._preparing.append(prepare)
 
     def add(self, meter: Meter) -> None:
         """Tell *meter* as well from now on."""
+        while self._preparing:
+            self._preparing.pop()()
         self._meters.append(meter)
         self.meter = meter if len(self._meters) == 1 else Meters(*self._meters)

@@ -2,7 +2,8 @@
 
 It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the private names ``_do_get``,
 ``_do_return_conn``, ``_invalidate``, ``_creator``, ``_invoke_creator``, ``_close_connection``, ``_dialect``,
-``_ConnectionRecord`` (its ``__init__(connect=)`` and ``get_connection``) stand in this module only, and
+``_ConnectionRecord`` (its ``__init__(connect=)``, ``get_connection``, ``fairy_ref`` and ``needs_gc``) and
+``_ConnectionFairy._connection_record`` stand in this module only, and
 ``tests/test_contract.py`` holds them on the oldest and the newest supported SQLAlchemy.
 """
 
@@ -24,13 +25,16 @@ from sqlalchemy.pool.base import ResetStyle, _ConnectionRecord
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from stanch.accounts import paying
+from stanch.blame import lines_of, remedies_for
 from stanch.callers import current_loop, current_task
 from stanch.deadlines import in_force, to_tidy_up, whose, within
 from stanch.errors import DatabaseUnavailable, PoolExhausted
 from stanch.events import ConnectionSevered, Observers, SessionStateSet, StillHeld
 from stanch.ledger import Ledger, Stats, Waiter
 from stanch.session_state import CLEANING, INFO_KEY
-from stanch.sqlstate import Kind, classify
+from stanch.sqlstate import Kind as FailureKind, classify
+from stanch.tracking import Sweep, tracker_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,15 +42,15 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection, Dialect
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
+    from stanch.accounts import Account
     from stanch.callers import Place
     from stanch.drivers import Driver
     from stanch.ledger import Checkout
+    from stanch.meters import Instruments, WaitEnd
     from stanch.session_state import State
     from stanch.settings import Settings
+    from stanch.tracking import Kind
     from stanch.watch import Watch
-
-_SHOWN_HOLDERS: Final = 3
-"""How many holders a ``PoolExhausted`` names; more would hide the first."""
 
 _TOLD_PLACES: Final = 1000
 """How many places that set session state are told of; generated code could have any number."""
@@ -58,21 +62,42 @@ class Slot(_ConnectionRecord):
     def __init__(self, pool: Pool, ledger: Ledger[Slot]) -> None:
         super().__init__(pool, connect=False)
         self.ledger = ledger
+        self.entry: Checkout | None = None
+        """What is on the books for it, from when its connection is in hand until it comes back."""
+        self.dropped = False
+        """Whether the garbage collector returns it."""
         self.generation = -1
         self.opened_at = 0.0
         self.idle_since = 0.0
         self._stanch_pool = pool
 
+    @property
+    def fairy_ref(self) -> Any:
+        """SQLAlchemy's weak reference to what it has lent the connection as."""
+        return self._lent
+
+    @fairy_ref.setter
+    def fairy_ref(self, lent: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
+        # SQLAlchemy takes the reference back before it returns the slot, and tells nobody that it was dead.
+        self.dropped = lent is None and self.needs_gc
+        self._lent = lent
+
+    _lent: Any = None
+
     def get_connection(self) -> DBAPIConnection:
         """The open connection, opened now if there is none. Called once the slot has been taken."""
+        pool = self._stanch_pool
         if self.dbapi_connection is None:
             # The generation from before the connect: one that began before a failover is of the old server.
-            self.generation = self._stanch_pool.generation
-            self.opened_at = time.monotonic()
-            connection = self._stanch_pool.within_connect_timeout(self, super().get_connection)
-            self._stanch_pool.open_up(self.ledger)
-            return connection
-        return super().get_connection()
+            self.generation = pool.generation
+            began = self.opened_at = time.monotonic()
+            connection = pool.within_connect_timeout(self, super().get_connection)
+            pool.opened(self.ledger, time.monotonic() - began)
+        else:
+            connection = super().get_connection()
+        if self.entry is None:
+            pool.hand_out(self)
+        return connection
 
     def checkin(self, _fairy_was_created: bool = True) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """Return the slot, also when a reset callback or a listener of the user's raises on the way."""
@@ -102,6 +127,7 @@ class Pool(SQLAlchemyPool):
         driver: Driver,
         watch: Watch,
         observers: Observers,
+        instruments: Instruments,
         database: str,
         sized_by: str = "pool_size or max_overflow",
     ) -> None:
@@ -116,6 +142,9 @@ class Pool(SQLAlchemyPool):
         self._driver = driver
         self._watch = watch
         self._observers = observers
+        self._instruments = instruments
+        self._tracker = tracker_of(settings, observers, database)
+        self._sweeps: dict[Ledger[Slot], Sweep] = {}
         self._database = database
         self._sized_by = sized_by
         self._ledgers: dict[asyncio.AbstractEventLoop, Ledger[Slot]] = {}
@@ -135,12 +164,17 @@ class Pool(SQLAlchemyPool):
     def _do_get(self) -> ConnectionPoolEntry:
         self.admit()
         ledger = self._ledger_of_this_loop()
-        task = current_task()
+        task, account = current_task(), paying.get()
         with self._lock:
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
         if slot is None:
-            slot = self._wait(ledger, task)
+            slot = self._wait_on(ledger, task, account)
+        else:
+            self._instruments.meter.waited(0.0, "served", account)
+        checkout = ledger.checkout(slot)
+        checkout.account = account
         try:
+            self._tracker.taken(checkout)
             if slot.dbapi_connection is not None and not (self._fit(slot) and self._answers(slot)):
                 self._drop(slot)
         except BaseException:  # cancelled while it was pinged
@@ -151,7 +185,9 @@ class Pool(SQLAlchemyPool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, Slot)
         self._drop_unless_idle(record)
-        record.idle_since = time.monotonic()
+        now = record.idle_since = time.monotonic()
+        if record.entry is not None:
+            self._take_in(record, record.entry, now)
         with self._lock:
             kept = record.ledger.give_back(record, usable=record.dbapi_connection is not None)
         if not kept:
@@ -226,6 +262,11 @@ class Pool(SQLAlchemyPool):
         with self._lock:
             return sum((ledger.stats() for ledger in self._living()), start=empty)
 
+    def held(self) -> list[Checkout]:
+        """All that is out now, over all event loops."""
+        with self._lock:
+            return [checkout for ledger in self._living() for _, checkout in ledger.held()]
+
     def held_by(self, task: asyncio.Task[object] | None) -> Checkout | None:
         """What *task* has held for longest on the running loop, or None."""
         ledger = self._ledger_of_this_loop()
@@ -241,7 +282,14 @@ class Pool(SQLAlchemyPool):
         for loop, slot, checkout in held:
             _where_it_lives(loop, self._sever, slot)
             self._observers.tell(
-                StillHeld(database=self._database, holder=checkout.holder, held=now - checkout.since)
+                StillHeld(
+                    database=self._database,
+                    holder=checkout.holder,
+                    held=now - checkout.since,
+                    place=str(checkout.place),
+                    now_at=checkout.now_at,
+                    sql_time=checkout.sql_time_at(now),
+                )
             )
 
     def open_beside(self) -> DBAPIConnection:
@@ -258,7 +306,7 @@ class Pool(SQLAlchemyPool):
         except Exception as error:
             if time.monotonic() < due:
                 failure = None if isinstance(error, SQLAlchemyError) else classify(error)
-                if failure is None or failure.kind is not Kind.UNAVAILABLE:
+                if failure is None or failure.kind is not FailureKind.UNAVAILABLE:
                     raise
                 # SQLAlchemy translates what asyncpg raises from a statement, not from its set-up of types.
                 raise DatabaseUnavailable(
@@ -275,8 +323,9 @@ class Pool(SQLAlchemyPool):
         finally:
             alarm.cancel()
 
-    def open_up(self, ledger: Ledger[Slot]) -> None:
-        """A connection is ready for use: whoever waited for the first one may open another."""
+    def opened(self, ledger: Ledger[Slot], seconds: float) -> None:
+        """A connection is ready for use after *seconds*: whoever waited for the first one may open another."""
+        self._instruments.meter.opened(seconds)
         if ledger.is_opening:
             with self._lock:
                 ledger.open_up(new=lambda: Slot(self, ledger))
@@ -291,6 +340,25 @@ class Pool(SQLAlchemyPool):
             if slot.dbapi_connection is not None:
                 self._drop(slot)
             self._do_return_conn(slot)
+
+    def hand_out(self, slot: Slot) -> None:
+        """*slot* has its connection and goes to whoever is on the stack."""
+        checkout = slot.entry = slot.ledger.checkout(slot)
+        sweep = self._sweeps.get(slot.ledger)
+        if sweep is not None:
+            sweep.begin()
+        self._instruments.meter.taken(checkout)
+
+    def _take_in(self, slot: Slot, checkout: Checkout, now: float) -> None:
+        slot.entry = None
+        held = now - checkout.since
+        if checkout.account is not None:
+            checkout.account.held += held
+        if slot.dropped:
+            self._tracker.dropped(checkout, held)
+        else:
+            self._tracker.returned(checkout, held)
+        self._instruments.meter.returned(checkout, held)
 
     # Books of the running loop --------------------------------------------------------------------------
 
@@ -309,8 +377,38 @@ class Pool(SQLAlchemyPool):
                     clock=time.monotonic,
                     keeps_idle=self._settings.keeps_idle,
                 )
+                self._watch_over(ledger, loop)
             self._latest = (loop, ledger)
         return ledger
+
+    def _watch_over(self, ledger: Ledger[Slot], loop: asyncio.AbstractEventLoop) -> None:
+        """Have somebody look for what does not come back to *ledger*, if that is wanted."""
+        if self._settings.leak_after is None:
+            return
+
+        def held() -> list[Checkout]:
+            with self._lock:
+                return [checkout for slot, checkout in ledger.held() if slot.entry is checkout]
+
+        def kind_of(checkout: Checkout) -> Kind:
+            with self._lock:
+                slot = next((slot for slot, each in ledger.held() if each is checkout), None)
+            if checkout.running_since is not None:
+                return "running SQL"
+            if checkout.is_orphan:
+                return "its task is gone"
+            if slot is None or slot.dbapi_connection is None or self._driver.is_idle(slot.driver_connection):
+                return "idle"
+            return "idle in transaction"
+
+        self._sweeps[ledger] = Sweep(
+            loop,
+            self._settings.leak_after,
+            held=held,
+            kind_of=kind_of,
+            observers=self._observers,
+            database=self._database,
+        )
 
     def _leave_to_the_parent(self) -> None:
         """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
@@ -321,6 +419,7 @@ class Pool(SQLAlchemyPool):
         self._lock = threading.RLock()
         self._of_the_parent += self._ledgers.values()
         self._ledgers, self._latest = {}, (None, None)
+        self._sweeps = {}
 
     def _living(self) -> list[Ledger[Slot]]:
         self._leave_to_the_parent()
@@ -330,12 +429,32 @@ class Pool(SQLAlchemyPool):
         self._leave_to_the_parent()
         for loop in [loop for loop in self._ledgers if loop.is_closed()]:
             ledger = self._ledgers.pop(loop)
+            self._sweeps.pop(ledger, None)
             # Nobody can return what is out there: a return awaits, and that loop runs no more.
             for slot in (*ledger.clear_idle(), *(slot for slot, _ in ledger.held())):
                 if slot.dbapi_connection is not None:
                     self._drop(slot)
 
     # Waiting --------------------------------------------------------------------------------------------
+
+    def _wait_on(
+        self, ledger: Ledger[Slot], task: asyncio.Task[object] | None, account: Account | None
+    ) -> Slot:
+        """As ``_wait``, and it is told how long that was."""
+        began = time.monotonic()
+        end: WaitEnd = "cancelled"
+        try:
+            slot = self._wait(ledger, task)
+            end = "served"
+        except (PoolExhausted, DatabaseUnavailable):
+            end = "timeout"
+            raise
+        finally:
+            waited = time.monotonic() - began
+            if account is not None:
+                account.waited += waited
+            self._instruments.meter.waited(waited, end, account)
+        return slot
 
     def _wait(self, ledger: Ledger[Slot], task: asyncio.Task[object] | None) -> Slot:
         loop = asyncio.get_running_loop()
@@ -371,10 +490,10 @@ class Pool(SQLAlchemyPool):
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()
-            held = [checkout for _, checkout in ledger.held()][:_SHOWN_HOLDERS]
+            held = [checkout for _, checkout in ledger.held()]
         deadline = in_force()
         limit = str(deadline) if deadline and deadline.has_passed else f"{self._settings.pool_timeout:.2f} s"
-        lines = "".join(f"\n  held {now - checkout.since:.2f} s by {checkout.holder}" for checkout in held)
+        lines = lines_of(held, now)
         if ledger.is_opening:
             return DatabaseUnavailable(
                 f"no connection could be opened within {limit}: the first is still on its way"
@@ -385,7 +504,7 @@ class Pool(SQLAlchemyPool):
             f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
             remedies=[
-                "Look at who holds longest: await release(session) before work that waits for something else.",
+                *remedies_for(held, now),
                 f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
             ],
         )
@@ -474,6 +593,12 @@ class Pool(SQLAlchemyPool):
         self._driver.sever(slot.driver_connection)
         slot.dbapi_connection = None
         slot.info.clear()
+
+
+def checkout_of(connection: Any) -> Checkout | None:
+    """What is on the books for SQLAlchemy's pooled *connection*; None for one that was detached, or opened beside."""
+    slot = connection._connection_record
+    return None if slot is None else slot.entry
 
 
 def _everybody() -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from stanch.drivers import Driver
     from stanch.settings import Settings
+    from stanch.timing import Sending
     from stanch.unverified import Verifier
     from stanch.watch import Watch
 
@@ -50,15 +51,21 @@ class TransactionEnds:
     """
 
     def __init__(
-        self, engine: Engine, settings: Settings, *, driver: Driver, watch: Watch, verifier: Verifier
+        self,
+        engine: Engine,
+        settings: Settings,
+        *,
+        driver: Driver,
+        watch: Watch,
+        verifier: Verifier,
+        sending: Sending,
     ) -> None:
         self._dialect = engine.dialect
         self._settings = settings
         self._driver = driver
         self._watch = watch
         self._verifier = verifier
-        self._commit = engine.dialect.do_commit
-        self._rollback = engine.dialect.do_rollback
+        self._sending = sending
         self._rollback_to = engine.dialect.do_rollback_to_savepoint
         self._ping = engine.dialect.do_ping
 
@@ -95,7 +102,9 @@ class TransactionEnds:
         lost_before = self._driver.looks_dead(inner)
         timeout = within(self._settings.commit_timeout)
         try:
-            self._watch.run(self._commit, connection, connection=inner, timeout=timeout, what="COMMIT")
+            self._watch.run(
+                self._sending.commit, connection, connection=inner, timeout=timeout, what="COMMIT"
+            )
         except CommitRefused:
             raise
         except Exception as error:
@@ -111,9 +120,9 @@ class TransactionEnds:
         if self._driver.looks_dead(inner):
             return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
         if self._driver.is_idle(inner):
-            self._rollback(connection)  # type: ignore[arg-type]  # given by position
+            self._sending.roll_back(connection)
             return
-        self._undo(self._rollback, connection, inner=inner, what="ROLLBACK")
+        self._undo(self._sending.roll_back, connection, inner=inner, what="ROLLBACK")
 
     def do_rollback_to_savepoint(self, connection: Connection, name: str) -> None:
         """ROLLBACK TO SAVEPOINT: whoever goes on after it must know that it has happened."""

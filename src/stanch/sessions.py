@@ -18,6 +18,7 @@ import asyncio
 import re
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Never, cast
+from weakref import ref
 
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
@@ -27,6 +28,7 @@ from sqlalchemy.sql.elements import TextClause
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
+from stanch.accounts import paying
 from stanch.callers import place_of_caller
 from stanch.completion import came_too_late, run_to_completion
 from stanch.errors import (
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from stanch.drivers import Driver
     from stanch.events import Observers
     from stanch.hooks import Runner
+    from stanch.meters import Instruments, UnitEnd
     from stanch.settings import Settings
 
 _WRITING_WORDS: Final = frozenset({"INSERT", "UPDATE", "DELETE", "MERGE"})
@@ -78,6 +81,7 @@ class Terms(Value):
     settings: Settings
     observers: Observers
     hooks: Runner
+    instruments: Instruments
     judges_statements: bool
     """Whether the engine is ours, and looks at each statement that is about to be sent."""
     readers: Engine | None = None
@@ -92,9 +96,16 @@ class GuardedSession(Session):
 
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
         # Before a user's own __init__, which may already begin().
-        self.guard = guard or Guard("a session of your own making")
+        self.guard = guard or self._guard_of_the_users()
+        self.guard.account.session = ref(self)
+        self.terms.instruments.meter.began(self.guard.account)
         self._bind_of_writers: Any = None
         super().__init__(*arguments, **keywords)
+
+    def _guard_of_the_users(self) -> Guard:
+        tracked = self.terms.settings.track_holders
+        place = place_of_caller() if tracked else None
+        return Guard("a session of your own making", database=self.terms.database, place=place)
 
     def unsaved(self) -> tuple[str, ...]:
         """Names of what was written, waits to be written or waits for the commit, and is not committed."""
@@ -214,9 +225,9 @@ class GuardedSession(Session):
         except SessionOverlap:
             raise  # it was not closed
         except BaseException:
-            self.guard.end(dropped=dropped)
+            self._end(dropped)
             raise
-        self.guard.end(dropped=dropped)
+        self._end(dropped)
 
     def invalidate(self) -> None:
         """Close for good, and close the connection too instead of returning it."""
@@ -224,7 +235,11 @@ class GuardedSession(Session):
             try:
                 super().invalidate()
             finally:
-                self.guard.end(dropped=())
+                self._end(())
+
+    def _end(self, dropped: tuple[str, ...]) -> None:
+        if self.guard.end(dropped=dropped):
+            self.terms.instruments.meter.closed(self.guard.account)
 
     @contextmanager
     def ending(self) -> Generator[None]:
@@ -360,6 +375,24 @@ class GuardedSession(Session):
         """The outermost transaction; begins one, in Python only, if there is none."""
         # Not what _autobegin_t() returns: while a flush is under way that is the flush's own part of it.
         return self.get_transaction() or self._autobegin_t()
+
+    def note_end(self, transaction: SessionTransaction, frame: Frame | None) -> None:
+        """*transaction*, an outermost one, has ended: tell the meter how, if it ever came to the server."""
+        guard, account = self.guard, self.guard.account
+        committed, guard.commits = guard.commits, False
+        if not transaction._connections:
+            return
+        outcome: UnitEnd = "read"
+        if committed:
+            outcome = "committed"
+        elif frame is not None and frame.outcome is Outcome.UNKNOWN:
+            outcome = "unknown"
+        elif guard.wrote or guard.doubtful or (frame is not None and frame.trouble is not None):
+            outcome = "rolled back"
+            account.rolled_back = True
+        if not guard.reading and account.shapes:
+            account.shapes = {}
+        self.terms.instruments.meter.ended(account, outcome)
 
     def is_open(self, transaction: SessionTransaction | None) -> bool:
         """Whether *transaction*, the outermost or a savepoint, has not ended yet."""
@@ -505,10 +538,12 @@ class GuardedTransaction(SessionTransaction):
 
     def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
         guard = cast("GuardedSession", self.session).guard
-        if guard.deadline is None:
-            return super()._connection_for_bind(*arguments, **keywords)
         guard.refuse_overdue()
-        connection = super()._connection_for_bind(*arguments, **keywords)
+        token = paying.set(guard.account)
+        try:
+            connection = super()._connection_for_bind(*arguments, **keywords)
+        finally:
+            paying.reset(token)
         # Connecting may have used up the rest, while the alarm has found nothing in hand to sever.
         guard.refuse_overdue()
         return connection
@@ -618,14 +653,16 @@ def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunct
     if frame is not None:
         frame.outcome = Outcome.COMMITTED
     if savepoint is None and own.in_transaction_on_server():
-        own.guard.committed = True
+        own.guard.committed = own.guard.commits = True
 
 
 @event.listens_for(GuardedSession, "after_transaction_end", propagate=True)
 def _end_frame(session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
-    guard = cast("GuardedSession", session).guard
+    own = cast("GuardedSession", session)
+    guard = own.guard
     frame = guard.hooks.ended(transaction, parent=transaction.parent)
     if transaction.parent is None:
+        own.note_end(transaction, frame)
         guard.wrote.clear()
         guard.doubtful.clear()
     elif transaction.nested and frame is not None and frame.outcome is not Outcome.COMMITTED:

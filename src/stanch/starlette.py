@@ -25,7 +25,8 @@ from stanch.redaction import redact
 from stanch.unit import Mode, Unit, Unsaved, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from starlette.types import ASGIApp
 
@@ -243,7 +244,14 @@ def _serve_instruments(
     if dashboard is not None:
         from stanch.dashboard import DashboardApp  # noqa: PLC0415  # for those who ask
 
-        _serve(app, "dashboard", dashboard, DashboardApp(databases, path=dashboard, access=dashboard_access))
+        page = DashboardApp(databases, access=dashboard_access)
+        _serve(app, "dashboard", dashboard, page)
+        _wrap_lifespan_with(app, page.lifespan)
+    elif dashboard_access is not None:
+        raise ConfigError(
+            "install: dashboard_access lets people in, but there is no dashboard",
+            remedies=['Write dashboard="/_stanch" as well.'],
+        )
 
 
 def _serve(app: Starlette, setting: str, path: str, endpoint: ASGIApp) -> None:
@@ -282,6 +290,17 @@ def _wrap_lifespan(app: Starlette, databases: tuple[Database[Any], ...], wait: f
                 await database.open(wait=wait)
                 stack.push_async_callback(database.close)
             yield await stack.enter_async_context(inner(app))
+
+    app.router.lifespan_context = lifespan
+
+
+def _wrap_lifespan_with(app: Starlette, around: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+    inner: Any = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[Any]:
+        async with around(), inner(app) as state:
+            yield state
 
     app.router.lifespan_context = lifespan
 

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPICursor, ExecutionContext
 
     from stanch.settings import Settings
+    from stanch.timing import Sending
 
 
-def judge_statements(engine: Engine, settings: Settings) -> None:
+def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> None:
     """Look at each statement of *engine* before it is sent: a reader may not write, what else matters is noted.
 
     That is session state, and functions that may write.
@@ -29,8 +30,6 @@ def judge_statements(engine: Engine, settings: Settings) -> None:
     sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
     """
     dialect = engine.dialect
-    execute, execute_many = dialect.do_execute, dialect.do_executemany
-    execute_bare = dialect.do_execute_no_params
     refuse_writes = Readers(dialect).refuse_writes
     is_server = dialect.name == "postgresql"
     state_of = session_state_of if is_server else _stateless
@@ -51,17 +50,17 @@ def judge_statements(engine: Engine, settings: Settings) -> None:
 
     def do_execute(cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext) -> None:
         look(statement, [parameters], context)
-        execute(cursor, statement, parameters, context)
+        sending.execute(cursor, statement, parameters, context)
 
     def do_executemany(
         cursor: DBAPICursor, statement: str, parameters: Any, context: ExecutionContext
     ) -> None:
         look(statement, parameters, context)
-        execute_many(cursor, statement, parameters, context)
+        sending.execute_many(cursor, statement, parameters, context)
 
     def do_execute_no_params(cursor: DBAPICursor, statement: str, context: ExecutionContext) -> None:
         look(statement, [], context)
-        execute_bare(cursor, statement, context)
+        sending.execute_bare(cursor, statement, context)
 
     dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise

@@ -16,6 +16,7 @@ import pytest
 from stanch.embedded.binaries import installed
 
 PROGRAMS = {
+    "chromium": "apt install chromium",
     "pgbouncer": "apt install pgbouncer",
     "valgrind": "apt install valgrind",
     "postgresql": "apt install postgresql",

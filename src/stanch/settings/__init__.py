@@ -81,6 +81,22 @@ class Settings:
       closed when it is returned, and told as an event. "strict" cleans it instead, in one round trip.
       A connection without such state costs nothing in either.
 
+    Who holds connections, and what they do with them:
+
+    - ``track_holders`` = True: each checkout knows the line that took it, and how much of its time ran SQL; so
+      errors, ``holdings()`` and what follows can say who. Some microseconds for each checkout and statement. False:
+      they know the unit of work or the task only, and the three limits of statements and idleness below are off.
+    - ``leak_after`` = 30 s: a connection that is out for longer is told as ``ConnectionLeaked``. Longer than any
+      statement may take by default, and half of what the server gives an idle transaction, so that it is told while
+      there still is something to see. None: nobody watches.
+    - ``held_idle_after`` = 1 s: a connection that came back and had not run SQL for that long in all is told as
+      ``HeldIdle``, once for each line. Python needs milliseconds between two statements; a second means that the
+      holder has waited for something else. None: never.
+    - ``slow_statement`` = 1 s: one that takes longer is told as ``SlowStatement``. What a person notices; there
+      cannot be more of them in a second than connections. None: never.
+    - ``repeated_statement`` = 10: a unit that sends one statement so many times in one transaction is told as
+      ``RepeatedStatement``, once for each line. None: nobody counts.
+
     The session:
 
     - ``echo`` = False: SQL is not logged; ``"debug"`` logs rows as well.
@@ -144,6 +160,12 @@ class Settings:
     ping_after: float = 30.0
     poolclass: type[Pool] | None = None
     reset: Literal["flag", "strict"] = "flag"
+
+    track_holders: bool = True
+    leak_after: float | None = 30.0
+    held_idle_after: float | None = 1.0
+    slow_statement: float | None = 1.0
+    repeated_statement: int | None = 10
 
     echo: bool | Literal["debug"] = False
     isolation_level: IsolationLevel | None = None
@@ -288,6 +310,9 @@ class Settings:
         if self.pooler is not None:
             for name in _SERVER_TIMEOUTS:
                 self._put(name, getattr(self, name) if name in self.given else None)
+        if not self.track_holders:
+            for name in _TRACKED:
+                self._put(name, getattr(self, name) if name in self.given else None)
         lock, statement = self.lock_timeout, self.statement_timeout
         if "lock_timeout" not in self.given and lock and statement and lock >= statement:
             self._put("lock_timeout", None)
@@ -309,6 +334,12 @@ class Settings:
                 f"statement_timeout={self.statement_timeout:g} ends it first",
                 "Make lock_timeout shorter than statement_timeout, or leave it out.",
             )
+        for name in _TRACKED:
+            if not self.track_holders and getattr(self, name) is not None:
+                yield Complaint(
+                    f"{name} needs to know what holders do, and track_holders is False",
+                    f"Leave track_holders out, or {name}.",
+                )
         if self.pooler is not None and self.verify_commits:
             yield Complaint(
                 "verify_commits=True cannot be kept through PgBouncer in transaction mode: "
@@ -333,6 +364,7 @@ _PREFIX: Final = "STANCH_"
 _NOT_SETTINGS: Final = frozenset(
     {"STANCH_REQUIRE"}
 )  # read by the test suite; it must not stop a user's from_env
+_TRACKED: Final = ("held_idle_after", "slow_statement", "repeated_statement")
 _READ_ONLY: Final = {"default_transaction_read_only": "on"}
 _SERVER_TIMEOUTS: Final = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
 
@@ -346,6 +378,11 @@ KINDS: Final[Mapping[str, Kind]] = {
     "ping_after": Seconds("30", most=MONTH, never=True),
     "poolclass": PoolClass("NullPool"),
     "reset": Choice(("flag", "strict"), '"strict"'),
+    "track_holders": Switch("False"),
+    "leak_after": Seconds("30.0", optional=True),
+    "held_idle_after": Seconds("1.0", optional=True),
+    "slow_statement": Seconds("1.0", optional=True),
+    "repeated_statement": Whole(2, 1_000_000, "10", optional=True),
     "echo": Choice(("debug",), "True", switch=True),
     "isolation_level": Choice(
         ("READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"),

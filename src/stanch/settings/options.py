@@ -46,6 +46,11 @@ class Options(EngineOptions, total=False):
     ping_after: float
     poolclass: type[Pool] | None
     reset: Literal["flag", "strict"]
+    track_holders: bool
+    leak_after: float | None
+    held_idle_after: float | None
+    slow_statement: float | None
+    repeated_statement: int | None
     echo: bool | Literal["debug"]
     isolation_level: Literal[
         "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"
