@@ -68,6 +68,19 @@ def unit_of(scope: Scope) -> Unit:
     )
 
 
+def routes_around(scope: Scope) -> Sequence[Any]:
+    """The routes of the outermost app that has a unit of work for *scope*; none where they cannot be seen."""
+    call = scope.get(_CALL)
+    if not isinstance(call, Call):
+        return ()
+    while call.outer is not None:
+        call = call.outer
+    app: Any = call.middleware.inside
+    while app is not None and not hasattr(app, "routes"):
+        app = getattr(app, "app", None)
+    return () if app is None else cast("Sequence[Any]", app.routes)
+
+
 class Recorder(Protocol):
     """What holds a reply back until it is whole, and stores it as a part of the work it answers for."""
 
@@ -124,7 +137,7 @@ class UnitMiddleware:
         unsaved: Unsaved = "warn",
         request_timeout: float | None = None,
     ) -> None:
-        self.app = app
+        self.app = self.inside = app
         self.databases = list(databases)
         self.unsaved: Unsaved = _judge("unsaved", unsaved, ("warn", "raise", "ignore"))
         self.mode = MODES[_judge("commit_mode", commit_mode, tuple(MODES))]

@@ -2,7 +2,7 @@
 
 It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the private names ``_do_get``,
 ``_do_return_conn``, ``_invalidate``, ``_creator``, ``_invoke_creator``, ``_close_connection``, ``_dialect``,
-``_ConnectionRecord`` (its ``__init__(connect=)``, ``get_connection``, ``fairy_ref`` and ``needs_gc``) and
+``_ConnectionRecord`` (its ``__init__(connect=)``, ``get_connection`` and ``fairy_ref``) and
 ``_ConnectionFairy._connection_record`` stand in this module only, and
 ``tests/test_contract.py`` holds them on the oldest and the newest supported SQLAlchemy.
 """
@@ -79,8 +79,8 @@ class Slot(_ConnectionRecord):
     @fairy_ref.setter
     def fairy_ref(self, lent: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         # SQLAlchemy takes the reference back before it returns the slot, and tells nobody that it was dead.
-        self.dropped = lent is None and self.needs_gc
-        self._lent = lent
+        before, self._lent = self._lent, lent
+        self.dropped = lent is None and before is not None and before() is None
 
     _lent: Any = None
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, unit_of
+from stanch.asgi import CommitMode, UnitMiddleware, is_recorded, routes_around, unit_of
 from stanch.database import Database
 from stanch.errors import ClientGone, ConfigError, StanchError
 from stanch.events import logger
@@ -22,6 +22,7 @@ from stanch.hangup import HangUp
 from stanch.problems import MEDIA_TYPE, problem_of
 from stanch.recording import Replayed
 from stanch.redaction import redact
+from stanch.routes import template_of
 from stanch.unit import Mode, Unit, Unsaved, Wish
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSess
 
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
-    route, endpoint = scope.get("route"), scope.get("endpoint")  # older Starlettes name no route
-    template = getattr(route, "path", None) or getattr(endpoint, "__name__", "?")
-    return f"{scope.get('method', 'WEBSOCKET')} {template}"
+    return f"{scope.get('method', 'WEBSOCKET')} {template_of(scope, routes_around(scope))}"
 
 
 # Replies --------------------------------------------------------------------------------------------------
