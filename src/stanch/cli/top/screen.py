@@ -243,7 +243,9 @@ def _times(watched: Watched, width: int) -> Table:
     table = _grid(1 + 2 * len(heads[1:]), padding=2)
     if has_room:
         heads += [f"all p{shares[0]}", *heads[2:]]
-    table.add_row(*(Text(head.rjust(9) if number else head, style="dim") for number, head in enumerate(heads)))
+    table.add_row(
+        *(Text(head.rjust(9) if number else head, style="dim") for number, head in enumerate(heads))
+    )
     for name, lately, whole in rows:
         cells = [*(bound_of(lately, percent) for percent in shares), str(lately.count)]
         if has_room:
