@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
+from weakref import ref
+
+from stanch.callers import current_task
 
 if TYPE_CHECKING:
     from weakref import ReferenceType
@@ -31,6 +34,7 @@ class Account:
         "shapes",
         "sql_time",
         "statements",
+        "task",
         "waited",
     )
 
@@ -39,6 +43,9 @@ class Account:
         """The route (its template), or the line that opened the unit."""
         self.place = place
         """The line of user code that opened it, where that is known."""
+        task = current_task()
+        self.task = None if task is None else ref(task)
+        """The task that opened it; not kept, for it may have failed and hold what the unit has left behind."""
         self.opened_at = time.monotonic()
         self.statements = 0
         self.sql_time = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from stanch.callers import NOWHERE
 from stanch.sqltext import shape_of
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def remedies_for(held: Sequence[Checkout], now: float) -> list[str]:
     if not held:
         return []
     longest = held[0]
-    if longest.place is NOWHERE:
+    if not longest.is_tracked and not longest.is_orphan:
         return [
             "Look at who holds longest: await release(session) before work that waits for something else."
         ]

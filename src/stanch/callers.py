@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from greenlet import getcurrent  # type: ignore[import-untyped]  # its stubs are a package of their own
 
@@ -29,8 +28,7 @@ _LIBRARIES: Final = (
 """Where code lives that the user did not write."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A line of code: what a complaint points at.
 
     >>> print(Place("orders.py", 12, "place_order"))
@@ -61,13 +59,16 @@ def place_of_caller() -> Place:
     Frames of stanch and of installed packages are passed over; SQLAlchemy's greenlets are crossed. Where the running
     task begins the search ends: what runs the event loop has asked for nothing.
     """
+    # Plain loops, and no call for a frame: this is the dearest part of a checkout.
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]  # CPython's documented way to a frame without a traceback
     fiber: greenlet | None = None
     task = current_task()
     outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
+    is_users = _users.get
     while True:
         while frame is not None:
-            if _users.get(frame.f_code.co_filename) or _is_users(frame):
+            known = is_users(frame.f_code.co_filename)
+            if known or (known is None and _is_users(frame)):
                 return _place(frame)
             if frame is outermost:
                 return NOWHERE

@@ -83,13 +83,36 @@ class Checkout:
         """Where its task stands now, in words; nothing where that is not known."""
         if self.is_orphan:
             return "its task is gone"
-        here = place_of_task(self.task)
+        here = place_of_task(self._living_task())
         return "" if here is NOWHERE else str(here)
 
     @property
     def is_orphan(self) -> bool:
-        """Whether its task has ended. Another one may have been given the session, and may be using it."""
-        return self.task is not None and self.task.done()
+        """Whether the task that took it has ended, and that which opened the unit has too.
+
+        Another one may have been given the session all the same, and may be using it.
+        """
+        return self.task is not None and self._living_task() is None
+
+    def place_of_opener(self) -> Place:
+        """Where the task that opened its unit stands now, or stood then: for a task that runs no code of the user's."""
+        if self.account is None:
+            return NOWHERE
+        opened_by = None if self.account.task is None else self.account.task()
+        here = NOWHERE if opened_by is self.task else place_of_task(opened_by)
+        return (self.account.place or NOWHERE) if here is NOWHERE else here
+
+    def _living_task(self) -> asyncio.Task[object] | None:
+        # asyncio.wait_for() before Python 3.12 takes it in a task of its own, which is soon gone.
+        if self.task is None or not self.task.done():
+            return self.task
+        opened_by = None if self.account is None or self.account.task is None else self.account.task()
+        return None if opened_by is None or opened_by.done() else opened_by
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether more is known of it than who has it; see ``track_holders``."""
+        return self.place is not NOWHERE or self.running_since is not None or self.statements > 0
 
     def sql_time_at(self, now: float) -> float:
         """How long SQL has run on it until *now*, also of a statement that still runs."""
@@ -105,7 +128,7 @@ class Checkout:
         if self.place is not NOWHERE:
             told += f", {self.place}" if str(self.place) != self.holder else ""
         told += f", {now - self.since:.2f} s"
-        if self.place is not NOWHERE:
+        if self.is_tracked:
             told += f", of which SQL {self.sql_time_at(now):.3f} s"
         now_at = self.now_at
         if self.is_orphan:

@@ -88,7 +88,8 @@ class Tracker(Untracked):
 
     def taken(self, checkout: Checkout) -> None:
         """*checkout* has gone out to the caller, who is on the stack."""
-        checkout.place = place_of_caller()
+        place = place_of_caller()
+        checkout.place = checkout.place_of_opener() if place is NOWHERE else place
 
     def returned(self, checkout: Checkout, held: float) -> None:
         """It has come back after *held* seconds."""

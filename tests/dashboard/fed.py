@@ -34,8 +34,7 @@ class Fed:
         self.measuring = Measuring(name, stats=self.stats, holders=lambda: self.holding)
 
     def stats(self) -> Stats:
-        counts = {"in_use": self.in_use, "idle": self.idle, "waiting": self.waiting}
-        return Stats(pool_size=5, max_overflow=2, **counts)
+        return Stats(pool_size=5, max_overflow=2, in_use=self.in_use, idle=self.idle, waiting=self.waiting)
 
     def measure(self) -> Measuring:
         return self.measuring

@@ -61,7 +61,8 @@ async def browsing() -> AsyncGenerator[Browser]:
 @asynccontextmanager
 async def visiting(browser: Browser, url: str, **options: Any) -> AsyncGenerator[Visit]:
     """Open *url* as a visitor of its own; *options* are those of a browser context."""
-    context = await browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+    chosen: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}} | options
+    context = await browser.new_context(**chosen)
     try:
         page = await context.new_page()
         visit = Visit(page)

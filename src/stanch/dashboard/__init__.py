@@ -75,7 +75,7 @@ class DashboardApp:
 
     def __init__(self, databases: Sequence[Database[Any]], *, access: Access | None) -> None:
         judged(access)
-        self._access = access
+        self._access: Access | None = access
         self._databases = databases
         self._history = History(databases)
         self._feed = Feed(databases, self._history)

@@ -45,7 +45,7 @@ async def refusal(access: Access | None, request: Request) -> str | None:
         return "Nobody is let in: install() was given no dashboard_access."
     if access == "loopback":
         return _not_from_here(request)
-    answer = access(request)
+    answer: object = access(request)
     if inspect.isawaitable(answer):
         answer = await answer
     if answer is True:

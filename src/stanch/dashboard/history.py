@@ -9,11 +9,12 @@ from collections import deque
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from stanch.measuring import BOUNDS, Distribution
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from stanch.database import Database
-    from stanch.measuring import Distribution
 
 PERIOD: Final = 1.0
 """Seconds between two samples."""
@@ -38,6 +39,11 @@ class Sample(NamedTuple):
     """Waits that ended without a connection."""
     waits: Distribution
     uses: Distribution
+
+
+_NEVER: Final = Distribution(0, 0.0, (0,) * (len(BOUNDS) + 1))
+_NOTHING: Final = Sample(0, 0, 0, 0, 0, 0, _NEVER, _NEVER)
+"""Of a database that was installed later."""
 
 
 class Moment(NamedTuple):
@@ -101,17 +107,7 @@ class History:
     def columns(self, after: int) -> dict[str, dict[str, list[float]]]:
         """The samples that came *after* this one, by database, as columns of one length."""
         moments = [moment for moment in tuple(self._moments)[-KEPT:] if moment.number > after]
-        return {
-            database.name: {
-                "number": [moment.number for moment in moments],
-                "at": [round(moment.at, 3) for moment in moments],
-            }
-            | {
-                field: [_count(moment, database.name, field) for moment in moments]
-                for field in Sample._fields[:-2]
-            }
-            for database in self._databases
-        }
+        return {database.name: _columns(moments, database.name) for database in self._databases}
 
     def recently(self, database: str) -> Iterator[tuple[str, Distribution]]:
         """How long was waited and used in the last minute, or since the start if that is later."""
@@ -141,6 +137,13 @@ def _sample(database: Database[Any]) -> Sample:
     return Sample(stats.in_use, stats.idle, stats.waiting, stats.bound, uses.count, failed, waits, uses)
 
 
-def _count(moment: Moment, database: str, field: str) -> int:
-    sample = moment.samples.get(database)
-    return 0 if sample is None else int(getattr(sample, field))
+def _columns(moments: Sequence[Moment], database: str) -> dict[str, list[float]]:
+    counts = {
+        field: [getattr(moment.samples.get(database, _NOTHING), field) for moment in moments]
+        for field in Sample._fields[:-2]
+    }
+    return {
+        "number": [moment.number for moment in moments],
+        "at": [round(moment.at, 3) for moment in moments],
+        **counts,
+    }

@@ -9,9 +9,9 @@ const SPANS = [60, 300]; // seconds: at least and at most; between them as long 
 const HEIGHT = 232;
 const LOOKS = {
   in_use: { label: "in use", dash: [], width: 2.5, fill: true },
-  idle: { label: "idle", dash: [7, 4], width: 2 },
+  idle: { label: "idle", dash: [7, 4], width: 1.5 },
   waiting: { label: "waiting", dash: [2, 3], width: 3 },
-  bound: { label: "pool bound", dash: [14, 3, 2, 3], width: 1.5 },
+  bound: { label: "pool bound", dash: [14, 3, 2, 3], width: 1.25 },
 };
 const FONT = "11px system-ui, sans-serif";
 
@@ -44,7 +44,7 @@ export class Chart {
   /** How many seconds are shown. */
   get span() {
     const known = this.#samples.length ? this.#samples.at(-1).at - this.#samples[0].at : 0;
-    return Math.min(SPANS[1], Math.max(SPANS[0], Math.ceil(known / 30) * 30));
+    return Math.min(SPANS[1], Math.max(SPANS[0], Math.ceil(known / 10) * 10));
   }
 
   draw(samples, happenings) {

@@ -36,7 +36,7 @@ const holders = new Table(find("holders"), {
       text: (row) => count(row.statements), sort: (row) => row.statements,
     },
     { name: "state", label: "state", text: (row) => `${STATES[row.state] ?? "○"} ${row.state}`, sort: (row) => row.state },
-    { name: "now_at", label: "stands at", kind: "code", text: (row) => row.now_at },
+    { name: "now_at", label: "stands at", kind: "code", text: (row) => (row.now_at === row.state ? "–" : row.now_at) },
   ],
 });
 
@@ -56,7 +56,7 @@ const leaks = new Table(find("leaks"), {
       name: "returned", label: "now",
       text: (row) => (row.returned ? "✓ came back" : "✕ not back"), sort: (row) => (row.returned ? 1 : 0),
     },
-    { name: "now_at", label: "stood at", kind: "code", text: (row) => row.now_at },
+    { name: "now_at", label: "stood at", kind: "code", text: (row) => (row.now_at === row.kind ? "–" : row.now_at) },
   ],
 });
 
@@ -214,9 +214,10 @@ function draw() {
   tile("wait", atMost(recent.waits?.p99), "the last minute", (recent.waits?.p99 ?? 0) >= 1);
   tile("use", atMost(recent.uses?.p99), "the last minute");
   const { timeout, refused, cancelled, served } = database.wait_ends;
-  tile("failed", count(timeout + refused), `${count(timeout)} timed out, ${count(refused)} refused`, timeout + refused > 0);
+  const failed = timeout + refused;
+  tile("failed", count(failed), failed ? `${count(timeout)} late, ${count(refused)} refused` : "timeouts, refusals", failed > 0);
   const out = database.leaks.filter((leak) => !leak.returned).length;
-  tile("leaks", count(out), `${count(database.leaks.length)} reported in all`, out > 0);
+  tile("leaks", count(out), `${count(database.leaks.length)} reported`, out > 0);
 
   chart.draw(samples, happenings);
   write(find("chart-hint"), `the last ${span(chart.span)}${happenings.length ? "; ▼ an event" : ""}`);
