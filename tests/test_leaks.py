@@ -389,6 +389,7 @@ async def test_what_is_looked_for_in_vain_is_looked_for_once(
         return collect()
 
     monkeypatch.setattr("stanch.tracking.gc.collect", counted)
+    monkeypatch.setattr("stanch.tracking._COLLECTING_SHARE", 1e9)  # as often as it likes
     async with db:
         session = db.session_factory()
         sync_session = session.sync_session

@@ -283,21 +283,46 @@ def function_of_doubt(sql: str) -> str | None:
     return None
 
 
-_LIST: Final = r"\((?:\?|\$\?)(?: ?, ?(?:\?|\$\?))*\)"
+_LONGEST: Final = 10_000
+"""Characters of a statement that are read for its shape; what is longer was generated, and costs milliseconds."""
+_SHOWN: Final = 1_000
+"""Characters of a shape: several hundred of them are kept where somebody measures."""
+
+_VALUE: Final = r"[-+]?\?(?: ?:: ?[\w ]+(?:\(\?\))?(?:\[\])*)?"
+"""What is left of a literal or a parameter, perhaps with a cast."""
+_SHORTER: Final = (
+    (
+        r"%\([^()]*\)s|__\[POSTCOMPILE_[^\]]*\]|(?<!:):[A-Za-z_]\w*|\$\?",
+        "?",
+    ),  # parameters by name, lists of SQLAlchemy's
+    (r"\?\.\?", "?"),
+    (rf"\( ?{_VALUE}(?: ?, ?{_VALUE})* ?\)", "(?)"),
+    (rf"\( ?{_VALUE}(?: ?, ?{_VALUE})* ?\)", "(?)"),  # once more: around the casts with a length
+    (r"\(\?\)(?: ?, ?\(\?\))+", "(?)"),  # rows
+    (r"\b(sa_savepoint_)\d+\b", r"\1?"),
+    (
+        r"^(SET (?:(?:LOCAL|SESSION) )?(?:ROLE|(?!TRANSACTION |CHARACTERISTICS )[\w.\"]+ ?(?:=|\bTO\b))) ?.*",
+        r"\1 ?",
+    ),
+)
+"""What makes two texts of one statement alike; the last are values that need no quotes."""
 
 
 @lru_cache(maxsize=_REMEMBERED)
 def shape_of(sql: str) -> str:
     r"""*sql* without its literals and comments, with single spaces; a list of literals or of parameters is one.
 
-    For people and for counting: never a value, whatever was written into the text. Of what cannot be read with
-    certainty only the first word is told.
+    For people and for counting: never a value, whatever was written into the text, but for ``NULL`` and the truth
+    values; what stands in double quotes is a name. Of what cannot be read with certainty, or is longer than any
+    person writes, only the first word is told.
 
     >>> shape_of("SELECT *  FROM orders -- all\nWHERE item = 'book' AND id IN ($1, $2, $3) LIMIT 0.5")
     'SELECT * FROM orders WHERE item = ? AND id IN (?) LIMIT ?'
     """
     words: list[str] = []
     try:
+        if len(sql) > _LONGEST:
+            raise Unreadable("a very long text")
         for group, text in _parts(sql):
             if group in ("space", "comment"):
                 words.append(" ")
@@ -305,10 +330,14 @@ def shape_of(sql: str) -> str:
                 words.append("?")
             elif group == "word" and words[-1:] == ["?"]:
                 continue  # the rest of a number: 1e5, 0xFF
+            elif text == "\\":
+                raise Unreadable("a backslash, which may have stood in a string by older rules")
             else:
                 words.append(text)
     except Unreadable:
         first = re.match(r"\W*([A-Za-z]{1,20})\b", sql)
         return f"{first[1].upper()} (not readable)" if first else "(not readable)"
     shape = " ".join("".join(words).split())
-    return re.sub(_LIST, "(?)", re.sub(r"\?\.\?", "?", shape))
+    for pattern, shorter in _SHORTER:
+        shape = re.sub(pattern, shorter, shape, flags=re.IGNORECASE)
+    return shape if len(shape) <= _SHOWN else shape[:_SHOWN] + "…"
