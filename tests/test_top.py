@@ -10,22 +10,30 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from rich.console import Console
+from sqlalchemy import text
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from stanch import cli
-from stanch.cli.top.feed import Decoder, Sent
-from stanch.cli.top.readings import Unreadable, read_message
+from stanch import Database, cli
+from stanch.cli.top.feed import HEADERS_VARIABLE, Decoder, Sent, Status
+from stanch.cli.top.readings import Unreadable, read_happening, read_message
 from stanch.cli.top.screen import Choice, Glyphs, View, full_screen
 from stanch.cli.top.state import State
+from stanch.fastapi import SessionDep, install
 from stanch.ledger import Stats
 from tests.support.fake_feed import HOLDING, ROUTE, STATEMENT, FakeFeed, changed, happening, message, snapshot
 from tests.support.terminal import BACK_AGAIN, CURSOR, OTHER_SCREEN, Terminal
@@ -33,6 +41,8 @@ from tests.support.uvicorn_server import serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from tests.support.judge import FreshDatabase
 
 pytestmark = pytest.mark.anyio
 
@@ -102,6 +112,34 @@ async def test_the_screen_shows_counts_times_holders_leaks_routes_statements_and
         await screen.until(r"\d\d:\d\d:01 a unit ended with uncommitted writes")
         screen.type("q")
         assert await screen.status() == 0
+
+
+def test_the_picture_in_the_manual_is_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "stanch-top.md"
+    _, _, rest = page.read_text(encoding="utf-8").partition("$ stanch top http://localhost:8000/_stanch\n")
+    shown = rest.partition("```")[0].rstrip().splitlines()
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        state = State()
+        state.note(
+            read_happening(happening(-2, "POST /orders/{item} ended with uncommitted writes (Order); …"))
+        )
+        state.take(read_message(json.loads(json.dumps(message(snapshot())))))
+        console = Console(file=io.StringIO(), width=100, height=len(shown), color_system=None)
+        picture = full_screen(
+            state,
+            Choice(),
+            title="stanch top http://localhost:8000/_stanch",
+            width=100,
+            height=len(shown),
+            glyphs=Glyphs(),
+        )
+        drawn = ["".join(segment.text for segment in line).rstrip() for line in console.render_lines(picture)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert drawn == shown, "\n".join(drawn)
 
 
 @pytest.mark.slow
@@ -230,6 +268,45 @@ async def test_what_the_feed_says_cannot_drive_the_terminal(fed: Fed) -> None:
     assert "\x1b" not in once.out
 
 
+@pytest.mark.slow
+async def test_a_real_app_is_seen_as_it_is(fresh_database: FreshDatabase) -> None:
+    """Who holds a connection is named by route and line, and a visitor without a right to look is not shown it."""
+    db = Database(fresh_database.url(), pool_size=3, max_overflow=1)
+    app, is_held, may_end = FastAPI(), asyncio.Event(), asyncio.Event()
+
+    @app.get("/report/{number}")
+    async def report(number: int, session: SessionDep) -> None:
+        await session.execute(text("SELECT 1"))
+        is_held.set()
+        await may_end.wait()
+
+    def knows_the_word(request: Request) -> bool:
+        return request.headers.get("authorization") == "Bearer open-sesame"
+
+    install(app, db, dashboard="/_stanch", dashboard_access=knows_the_word)
+    line = report.__code__.co_firstlineno + 2
+    async with serve(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+        asking = asyncio.create_task(client.get("/report/7"))
+        await is_held.wait()
+        refused = await top(f"{url}/_stanch", "--once")
+        assert (refused.status, refused.out) == (3, "")
+        assert "answered 403: You are not let in." in refused.err
+        word = {"STANCH_TOP_HEADERS": "Authorization: Bearer open-sesame"}
+        told = json.loads((await top(f"{url}/_stanch", "--json", **word)).out)
+        assert told["databases"][0]["stats"]["in_use"] == 1
+        async with terminal(f"{url}/_stanch", lines=30, columns=120, environment=word) as screen:
+            await screen.until(r"in use  1 of 4 ")
+            await screen.until(rf"GET /report/\{{number\}} +test_top\.py:{line} in .*no SQL running")
+            may_end.set()
+            await asking
+            await screen.until(r"in use  0 of 4 ")
+            await screen.until(r"idle +1 ░")
+            await screen.until(r"GET /report/\{number\} +1 ")
+            await screen.until(r"SELECT \? +\d")
+            screen.type("q")
+            assert await screen.status() == 0
+
+
 # Once -----------------------------------------------------------------------------------------------------
 
 
@@ -292,10 +369,10 @@ async def test_a_header_that_is_none_is_refused_and_not_repeated(header: str) ->
 # Where there is no feed -----------------------------------------------------------------------------------
 
 REFUSALS = {
-    "401": (PlainTextResponse("no", 401), 3, "answered 401: you are not let in"),
-    "403": (PlainTextResponse("no", 403), 3, "answered 403: you are not let in"),
-    "404": (PlainTextResponse("no", 404), 4, "answered 404"),
-    "500": (PlainTextResponse("no", 500), 1, "answered 500"),
+    "401": (Response(status_code=401), 3, "answered 401: you are not let in"),
+    "403 with a reason": (PlainTextResponse("Only \x1b[2Jus.\nx", 403), 3, "answered 403: Only ·[2Jus.\n"),
+    "404": (PlainTextResponse("no", 404), 4, "answered 404: no"),
+    "500": (Response("<html>", 500, media_type="text/html"), 1, "answered 500\n"),
     "login page": (
         RedirectResponse("https://login.example/?next=secret"),
         4,
@@ -340,7 +417,7 @@ async def test_where_there_is_no_feed_the_terminal_has_its_own_screen_back_befor
     fed.feed.reply = PlainTextResponse("no", 403)
     async with terminal(fed.page, columns=150) as screen:
         assert await screen.status() == 3
-        assert "answered 403: you are not let in" in screen.text
+        assert "answered 403: no" in screen.text
         assert screen.raw.rfind(BACK_AGAIN) < screen.raw.rfind(b"stanch top: ")
 
 
@@ -572,3 +649,23 @@ def test_what_lacks_something_or_has_it_of_another_kind_is_unreadable() -> None:
     ):
         with pytest.raises(Unreadable):
             read_message(broken)
+
+
+# The reference --------------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_the_command_names_every_option_and_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "command.md").read_text(encoding="utf-8")
+    for command in ("top", "explain"):
+        assert f"## stanch {command}" in page
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        for option in set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}:
+            assert f"`{option}" in page, option
+    for status in Status:
+        assert f"| {status.value} |" in page
+    for key in ("q", *Choice.keys):
+        assert f"| `{key}` |" in page
+    assert HEADERS_VARIABLE in page

@@ -192,7 +192,7 @@ async def connected(
         asked["last-event-id"] = mark
     try:
         async with client, client.stream("GET", address.url, headers=asked) as reply:
-            _judge(address, reply)
+            _judge(address, reply, await _words(reply))
             async with aclosing(_events(reply)) as events:
                 yield events
     except httpx.HTTPError as error:
@@ -206,12 +206,22 @@ async def _events(reply: httpx.Response) -> AsyncGenerator[Sent]:
             yield sent
 
 
-def _judge(address: Address, reply: httpx.Response) -> None:
+async def _words(reply: httpx.Response) -> str:
+    """What the other side says to people, if it is one line: a refusal may come with its reason."""
+    if reply.status_code == 200 or not reply.headers.get("content-type", "").startswith("text/plain"):
+        return ""
+    async for text in reply.aiter_text(200):
+        return clean(text.strip().partition("\n")[0])
+    return ""
+
+
+def _judge(address: Address, reply: httpx.Response, words: str) -> None:
     status = reply.status_code
+    answered = f"{address} answered {status}" + (words and f": {words}")
     if status in {401, 403}:
         raise FeedError(
             Status.REFUSED,
-            f"{address} answered {status}: you are not let in",
+            answered if words else f"{answered}: you are not let in",
             "Send what the app's dashboard_access asks for:"
             f' --header "Authorization: Bearer ...", or the same in {HEADERS_VARIABLE}.',
             'With dashboard_access="loopback" only the machine of the app is let in: ask from there, or by ssh -L.',
@@ -226,13 +236,13 @@ def _judge(address: Address, reply: httpx.Response) -> None:
     if status >= 500:
         raise FeedError(
             Status.UNREACHABLE,
-            f"{address} answered {status}",
+            answered,
             "See the log of the app, or of what is before it.",
         )
     if status != 200:
         raise FeedError(
             Status.NO_FEED,
-            f"{address} answered {status}",
+            answered,
             'Give the path that the app has in install(app, db, dashboard="/_stanch").',
             "A page may also hide from those who are not let in: see --header.",
         )

@@ -450,9 +450,11 @@ def _events(state: State) -> Section:
 def duration(seconds: float) -> str:
     """A length of time, as short as it can be told.
 
-    >>> [duration(seconds) for seconds in (0.0004, 0.0123, 1.5, 61.0, 600.0, 90_000.0)]
-    ['0.4 ms', '12 ms', '1.50 s', '61 s', '10 min', '25 h']
+    >>> [duration(seconds) for seconds in (0.0, 0.0004, 0.0123, 1.5, 61.0, 600.0, 90_000.0)]
+    ['0', '0.4 ms', '12 ms', '1.50 s', '61 s', '10 min', '25 h']
     """
+    if seconds < 0.00005:
+        return "0"
     if seconds < 0.01:
         return f"{1000 * seconds:.1f} ms"
     if seconds < 1:
