@@ -312,6 +312,11 @@ def facts_of(event: Event) -> dict[str, object]:
         value = getattr(event, name)
         facts[name] = type(value).__name__ if isinstance(value, BaseException) else value
     for provide in context_providers:
-        for name, value in provide().items():
+        try:
+            known = provide()
+        except Exception:
+            logger.exception("a context provider failed on %s", type(event).__name__)
+            continue
+        for name, value in known.items():
             facts.setdefault(name, value)
     return facts

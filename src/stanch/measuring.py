@@ -254,9 +254,23 @@ class Measuring(Meter):
     def waited(self, seconds: float, end: WaitEnd, account: Account | None) -> None:
         self._waits.add(seconds)
         self._wait_ends[end] += 1
+        if account is None:
+            self._outside().waited += seconds
 
     def returned(self, checkout: Checkout, held: float) -> None:
         self._uses.add(held)
+        if checkout.account is None:
+            route = self._outside()
+            route.held += held
+            route.sql_time += checkout.sql_time
+            route.statements += checkout.statements
+
+    def _outside(self) -> _Route:
+        """Where everything goes that no unit pays for."""
+        route = self._routes.get(NO_ROUTE)
+        if route is None:
+            route = self._routes[NO_ROUTE] = _Route()
+        return route
 
     def executed(
         self,
