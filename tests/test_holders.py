@@ -37,7 +37,8 @@ PAUSED = "SELECT 1 FROM pg_stat_activity WHERE datname = $1 AND query ~ 'pg_slee
 
 
 def make(judged: FreshDatabase, driver: str, **settings: Any) -> Database[Any]:
-    return Database(judged.url(driver), **{"pool_size": 2, "max_overflow": 0, **settings})
+    chosen: dict[str, Any] = {"pool_size": 2, "max_overflow": 0, **settings}
+    return Database(judged.url(driver), **chosen)
 
 
 def only(db: Database[Any]) -> Holding:
@@ -84,7 +85,7 @@ async def test_a_session_of_the_users_own_making_is_named_by_the_line_that_asked
     async with make(fresh_database, driver) as db, db.session_factory() as session:
         await session.execute(ONE)
         held = only(db)
-        account = session.sync_session.guard.account  # type: ignore[attr-defined]  # our own class
+        account = session.sync_session.guard.account
     assert held.holder == "a session of your own making"
     assert re.fullmatch(HERE + r"test_a_session_of_the_users\w+\(\)", held.place)
     assert re.fullmatch(HERE + r"test_a_session_of_the_users\w+\(\)", str(account.place))
@@ -426,7 +427,7 @@ async def test_who_measures_has_statements_timed_also_without_tracking(
     heard: list[str] = []
 
     class Listening(Meter):
-        def executed(self, statement: str, *_rest: object) -> None:
+        def executed(self, statement: str, *_rest: Any, **_words: Any) -> None:
             heard.append(statement)
 
     async with make(fresh_database, driver, track_holders=False) as db:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.util import greenlet_spawn
 
 from stanch import Database, PoolExhausted
 from stanch.events import (
@@ -65,7 +66,8 @@ class Told:
 
 
 def make(judged: FreshDatabase, driver: str, **settings: Any) -> tuple[Database[Any], Told]:
-    db = Database(judged.url(driver), **{"pool_size": 2, "max_overflow": 0, "leak_after": AFTER, **settings})
+    chosen: dict[str, Any] = {"pool_size": 2, "max_overflow": 0, "leak_after": AFTER, **settings}
+    db = Database(judged.url(driver), **chosen)
     return db, Told(db)
 
 
@@ -133,7 +135,7 @@ async def test_a_connection_whose_task_is_gone_is_told_but_left_to_whoever_has_i
     async with db:
 
         async def take() -> AsyncSession:
-            session = db.session_factory()
+            session: AsyncSession = db.session_factory()
             await session.execute(ONE)
             return session
 
@@ -370,8 +372,6 @@ async def test_a_stream_that_is_read_after_its_session_was_dropped_is_not_taken_
         assert await anext(iterator) == 1
         await look_often(db, told)
         assert [number async for number in iterator] == [*range(2, 3001)]
-        from sqlalchemy.util import greenlet_spawn
-
         await greenlet_spawn(sync_session.close)
 
 
@@ -396,8 +396,6 @@ async def test_what_is_looked_for_in_vain_is_looked_for_once(
         await session.execute(ONE)
         del session
         await look_often(db, told, times=8)
-        from sqlalchemy.util import greenlet_spawn
-
         await greenlet_spawn(sync_session.close)
     assert collections == 1
 
@@ -474,7 +472,7 @@ async def test_exhaustion_by_leaks_can_be_read_from_the_error(
     async with db:
 
         async def take() -> AsyncSession:
-            session = db.session_factory()
+            session: AsyncSession = db.session_factory()
             await session.execute(ONE)
             return session
 

@@ -1,5 +1,7 @@
 """Law 9: the numbers are true. They agree with SQLAlchemy's events, with the server, and with what was done."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -17,11 +19,13 @@ from stanch.accounts import Account
 from stanch.callers import NOWHERE
 from stanch.events import ConnectionLeaked, ConnectionSevered
 from stanch.ledger import Checkout
-from stanch.measuring import BOUNDS, NO_ROUTE, OTHERS, Distribution, Measuring
+from stanch.measuring import BOUNDS, NO_ROUTE, OTHERS, Distribution, Measuring, Snapshot
 from stanch.meters import Meter
 from tests.support import cleaned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stanch.ledger import Stats
     from stanch.meters import UnitEnd
     from tests.support.judge import FreshDatabase
@@ -130,8 +134,14 @@ async def test_numbers_agree_with_what_was_done_under_errors_and_cancels(
     assert taken.stats.in_use == taken.stats.waiting == 0
     assert taken.holders == ()
 
-    def since(read: Any) -> Any:
+    def since(read: Callable[[Snapshot], float]) -> float:
         return read(taken) - read(connected)
+
+    def end_of(end: str) -> float:
+        return since(lambda shot: shot.wait_ends[end])
+
+    def total(name: str) -> float:
+        return since(lambda shot: sum(getattr(route, name) for route in shot.routes))
 
     counts = truth.counts
     assert counts["checkout"] <= counts["checkin"]  # also told of what was never handed out
@@ -141,24 +151,19 @@ async def test_numbers_agree_with_what_was_done_under_errors_and_cancels(
     assert sent == counts["before_cursor_execute"]
     failed = since(lambda shot: sum(row.errors for row in shot.statements))
     assert done["failed"] <= failed <= counts["handle_error"]
-    waits = {end: since(lambda shot, end=end: shot.wait_ends[end]) for end in taken.wait_ends}
-    assert sum(waits.values()) == since(lambda shot: shot.waits.count)
+    assert sum(map(end_of, taken.wait_ends)) == since(lambda shot: shot.waits.count)
     # Who was cancelled in the very moment was refused all the same.
-    assert done["exhausted"] <= waits["timeout"] <= done["exhausted"] + done["cancelled"]
-    assert waits["served"] >= counts["checkout"]
-    assert waits["refused"] == 0
+    assert done["exhausted"] <= end_of("timeout") <= done["exhausted"] + done["cancelled"]
+    assert end_of("served") >= counts["checkout"]
+    assert end_of("refused") == 0
     assert truth.ends["committed"] == counts["commit"] >= len(await fresh_database.fetch("TABLE entries")) > 0
     assert truth.ends["unknown"] == 0
-    total = {
-        name: since(lambda shot, name=name: sum(getattr(route, name) for route in shot.routes))
-        for name in taken.routes[0].fields()[1:]
-    }
-    assert total["units"] == truth.ends["begun"] == truth.ends["closed"]
-    assert total["rolled_back"] == truth.ends["rolled back"] > 0
-    assert total["statements"] == sent
-    assert total["held"] == pytest.approx(since(lambda shot: shot.uses.total))
-    assert total["waited"] == pytest.approx(since(lambda shot: shot.waits.total))
-    assert 0 < total["sql_time"] <= total["held"]
+    assert total("units") == truth.ends["begun"] == truth.ends["closed"]
+    assert total("rolled_back") == truth.ends["rolled back"] > 0
+    assert total("statements") == sent
+    assert total("held") == pytest.approx(since(lambda shot: shot.uses.total))
+    assert total("waited") == pytest.approx(since(lambda shot: shot.waits.total))
+    assert 0 < total("sql_time") <= total("held")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, Protocol, cast
 
@@ -68,7 +68,7 @@ def unit_of(scope: Scope) -> Unit:
     )
 
 
-def routes_around(scope: Scope) -> Sequence[Any]:
+def routes_around(scope: Mapping[str, Any]) -> Sequence[Any]:
     """The routes of the outermost app that has a unit of work for *scope*; none where they cannot be seen."""
     call = scope.get(_CALL)
     if not isinstance(call, Call):

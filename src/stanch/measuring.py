@@ -11,7 +11,7 @@ import os
 import time
 from bisect import bisect_left
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from stanch.events import ConnectionLeaked, LeakReturned, SessionDropped
 from stanch.ledger import Stats
@@ -340,8 +340,7 @@ class Measuring(Meter):
         """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
-                told = {name: getattr(leak, name) for name in leak.fields()}
-                self._leaks[index] = Leak(**{**told, "held": event.held, "returned": True})
+                self._leaks[index] = leak.but(held=event.held, returned=True)
                 return True
         return False
 
@@ -437,6 +436,6 @@ def _plain(value: Any) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]
+            return [_plain(each) for each in cast("tuple[Any, ...]", value)]
         case _:
             return value

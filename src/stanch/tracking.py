@@ -173,7 +173,8 @@ class Sweep:
     def _wind(self) -> None:
         self._due = time.monotonic() + self._tick
         # Weakly, and in a context of its own: the timer would else keep the pool, and what whoever was first knew.
-        self._timer = self._loop.call_later(self._tick, _look, ref(self), context=Context())
+        myself: ReferenceType[Sweep] = ref(self)
+        self._timer = self._loop.call_later(self._tick, _look, myself, context=Context())
 
     def look(self) -> None:
         """Judge what is out now, and look again later if anything is."""
