@@ -265,13 +265,14 @@ async def test_a_viewer_who_takes_nothing_loses_its_place(
 ) -> None:
     monkeypatch.setattr(dashboard, "_PATIENCE", 0.1)
     page = page_of(Fed())
+    never = asyncio.Event()  # held here, so that the collector does not end what waits for it
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
+            await never.wait()
 
     async def receive() -> Any:
-        return await asyncio.Event().wait()
+        return await never.wait()
 
     scope = {
         "type": "http", "method": "GET", "path": f"{PATH}/feed", "query_string": b"", "root_path": "",
@@ -280,6 +281,8 @@ async def test_a_viewer_who_takes_nothing_loses_its_place(
     }  # fmt: skip
     async with asyncio.timeout(5):
         await page(scope, receive, send)
+    assert page.viewers == 0
+    await until(lambda: not any("dashboard" in task.get_name() for task in asyncio.all_tasks()))
     async with page.lifespan():
         pass
 
