@@ -59,7 +59,7 @@ def test_every_error_has_a_page_and_every_page_an_error_or_a_reply() -> None:
 
 @pytest.mark.parametrize(
     "problem",
-    [*problems._PROBLEMS.values(), *problems._OWN.values()],
+    [*problems._PROBLEMS.values(), *problems._OWN.values()],  # pyright: ignore[reportPrivateUsage]
     ids=lambda problem: problem.slug,
 )
 def test_every_problem_report_can_be_explained_by_its_type(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -13,12 +13,9 @@ from starlette.routing import Route
 
 from stanch.ledger import Stats
 from stanch.measuring import Distribution, Holding, Leak, RouteTotals, Snapshot, StatementTotals
-from stanch.values import Value
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-V = TypeVar("V", bound=Value)
 
 PATIENCE = 25.0
 NOON = 1_800_000_000.0
@@ -57,11 +54,6 @@ def distribution(*seconds_in_bucket: int) -> Distribution:
     """So many in the first, the second … bucket."""
     buckets = (*seconds_in_bucket, *(0 for _ in range(17 - len(seconds_in_bucket))))
     return Distribution(sum(buckets), 0.01 * sum(buckets), buckets)
-
-
-def changed(value: V, **changes: Any) -> V:
-    """*value* with some fields changed."""
-    return type(value)(**{**vars(value), **changes})
 
 
 def snapshot(database: str = "main", **numbers: Any) -> Snapshot:
