@@ -576,12 +576,22 @@ async def test_ctrl_z_hands_the_terminal_to_the_shell_and_fg_takes_it_back(fed: 
 
 
 @pytest.mark.slow
-async def test_it_ends_when_its_terminal_is_gone(fed: Fed) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="with SIGHUP"),
+        pytest.param({"owned": False}, id="nothing to read any more"),
+        pytest.param({"owned": False, "typed": False}, id="nothing to write to any more"),
+    ],
+)
+async def test_it_ends_when_its_terminal_is_gone(fed: Fed, options: dict[str, bool]) -> None:
     """And does not turn round and round."""
     fed.feed.tell(message(snapshot()))
-    async with terminal(fed.page) as screen:
+    async with terminal(fed.page, **options) as screen:
         await screen.until("18 of 20")
         screen.hang_up()
+        if not options.get("typed", True):
+            fed.feed.tell(message(snapshot()))
         assert await screen.status() == 129
 
 

@@ -31,7 +31,11 @@ class NotShown(AssertionError):
 
 
 class Terminal:
-    """``async with``: *command* runs on a terminal of *lines* × *columns*, and is gone at the end."""
+    """``async with``: *command* runs on a terminal of *lines* × *columns*, and is gone at the end.
+
+    It is the terminal that the command is controlled by, unless it is not *owned*: then no signal comes from there. Not
+    *typed* into, it is only written to.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,11 @@ class Terminal:
         lines: int = 24,
         columns: int = 80,
         environment: Mapping[str, str] | None = None,
+        owned: bool = True,
+        typed: bool = True,
     ) -> None:
+        self._owned = owned
+        self._typed = typed
         self._command = command
         inherited = {
             name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}
@@ -60,12 +68,12 @@ class Terminal:
         self.modes_before = self.modes
         self.process = subprocess.Popen(  # noqa: ASYNC220  # starting it does not wait for it
             self._command,
-            stdin=self._slave,
+            stdin=self._slave if self._typed else subprocess.DEVNULL,
             stdout=self._slave,
             stderr=self._slave,
             env=self._environment,
             start_new_session=True,
-            preexec_fn=_own_it,  # noqa: PLW1509  # one system call, no lock
+            preexec_fn=_own_it if self._owned else None,  # noqa: PLW1509  # one system call, no lock
         )
         asyncio.get_running_loop().add_reader(self._master, self._read)
         return self
@@ -179,4 +187,4 @@ class Terminal:
 
 def _own_it() -> None:
     """In the child: this is the terminal whose Ctrl-C it hears."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    fcntl.ioctl(1, termios.TIOCSCTTY, 0)

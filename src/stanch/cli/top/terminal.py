@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -55,7 +56,9 @@ class Terminal:
         )
 
     def draw(self, picture: RenderableType) -> None:
-        """Show *picture*, which fills the screen."""
+        """Show *picture*, which fills the screen. Raises ``OSError`` if there is no terminal any more."""
+        if not sys.stdout.isatty():
+            raise OSError(errno.EIO, "the terminal is gone")  # Rich would draw nothing, and say nothing
         self._live.update(picture, refresh=True)
 
     async def __aenter__(self) -> Self:
