@@ -23,9 +23,10 @@ from rich.console import Console
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
-from stanch.demo import handwritten, probes, shop
+from stanch.demo import culprits, handwritten, probes, shop
 from stanch.demo.conclusion import Status, conclude
 from stanch.demo.faults import Faults
+from stanch.demo.finds import FILE, Culprit, Finds
 from stanch.demo.journal import ERRORS, Entry, Journal, Kind, Outcome
 from stanch.demo.judge import Findings, Judge, Verdict, judge
 from stanch.demo.scene import Scene
@@ -87,6 +88,10 @@ def stored(*orders: UUID) -> Findings:
 
 
 LOST = UUID(int=99)
+NAMED: dict[Layer, Finds] = {
+    Layer.STANCH: dict.fromkeys(Culprit, "culprits.py:1 in somewhere()"),
+    Layer.HANDWRITTEN: {},
+}
 
 
 def test_a_run_that_kept_everything_is_found_to_have_kept_everything() -> None:
@@ -146,7 +151,18 @@ def test_a_single_planted_loss_is_seen_and_ends_the_run_with_status_1(verdict: V
     assert getattr(verdict, figure) == 1
     assert len(verdict.broken) >= 1
     both = {Layer.STANCH: verdict, Layer.HANDWRITTEN: verdict}
-    assert conclude(both, kills=1, restarts=1).status is Status.BROKEN
+    assert conclude(both, NAMED, kills=1, restarts=1).status is Status.BROKEN
+
+
+@pytest.mark.parametrize("culprit", Culprit)
+def test_a_culprit_that_is_not_named_ends_the_run_with_status_1(culprit: Culprit) -> None:
+    finds = NAMED | {
+        Layer.STANCH: {each: said for each, said in NAMED[Layer.STANCH].items() if each is not culprit}
+    }
+    both = {Layer.STANCH: verdict_on(), Layer.HANDWRITTEN: verdict_on()}
+    conclusion = conclude(both, finds, kills=1, restarts=1)
+    assert conclusion.status is Status.BROKEN
+    assert conclusion.sentence == f"stanch broke a promise: {culprit.label} was not named"
 
 
 def test_no_reply_and_an_unknown_outcome_promise_nothing() -> None:
@@ -161,12 +177,12 @@ def test_a_run_in_which_something_did_not_happen_is_void() -> None:
     """No kill, no restart, a kind of request that nobody answered, or a hand-written pattern that lost nothing."""
     good = verdict_on()
     bad = verdict_on(entry(Kind.FAILING_COMMIT, Outcome.SUCCESS, LOST))
-    kept = conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, kills=1, restarts=1)
+    kept = conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, NAMED, kills=1, restarts=1)
     assert kept.status is Status.KEPT
     voids = [
-        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, kills=0, restarts=1),
-        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, kills=1, restarts=0),
-        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: good}, kills=1, restarts=1),
+        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, NAMED, kills=0, restarts=1),
+        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: bad}, NAMED, kills=1, restarts=0),
+        conclude({Layer.STANCH: good, Layer.HANDWRITTEN: good}, NAMED, kills=1, restarts=1),
     ]
     for missing in entries_of_a_good_run():
         journal = Journal()
@@ -176,7 +192,7 @@ def test_a_run_in_which_something_did_not_happen_is_void() -> None:
         if missing.kind is Kind.ORDER:
             continue  # the pair is an acknowledged write as well
         verdict = judge(journal, findings_of_a_good_run())
-        voids.append(conclude({Layer.STANCH: verdict, Layer.HANDWRITTEN: bad}, kills=1, restarts=1))
+        voids.append(conclude({Layer.STANCH: verdict, Layer.HANDWRITTEN: bad}, NAMED, kills=1, restarts=1))
     assert [void.status for void in voids] == [Status.VOID] * len(voids)
     assert len(voids) == 3 + 5 + len(ERRORS)
 
@@ -388,6 +404,13 @@ def stat_of(pid: int) -> list[str]:
         return ["X", "0"]
 
 
+def taken_at(page: str) -> int:
+    """How many connections the shop has taken out of its pool so far."""
+    told = httpx.get(f"{page}/snapshot", trust_env=False).raise_for_status().json()
+    count: int = told["databases"][0]["uses"]["count"]
+    return count
+
+
 def is_alive(pid: int) -> bool:
     return stat_of(pid)[0] not in "ZX"
 
@@ -412,8 +435,29 @@ def figures(output: str) -> dict[str, tuple[int, int]]:
     return {label: (int(ours), int(theirs)) for label, ours, theirs in rows}
 
 
+GUILTY = {
+    Culprit.LEAK: "return await session.scalar(",
+    Culprit.IDLE: "dearest = await session.scalar(",
+    Culprit.REPEATED: "names += await session.scalars(",
+}
+"""The line of each fault."""
+
+
+def line_of(culprit: Culprit) -> int:
+    lines = Path(culprits.__file__).read_text(encoding="utf-8").splitlines()
+    (found,) = [number for number, line in enumerate(lines, 1) if GUILTY[culprit] in line]
+    return found
+
+
+def finds(output: str) -> dict[Culprit, tuple[str, str]]:
+    """What stanch said of each culprit, and what the hand-written pattern did."""
+    rows = re.findall(r"^  .*\(GET (/\w+)\)\n +stanch +(.*)\n +hand-written +(.*)\n", output, re.MULTILINE)
+    paths = {culprit.path: culprit for culprit in Culprit}
+    return {paths[path]: (ours.strip(), theirs.strip()) for path, ours, theirs in rows}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_short_run_loses_nothing_on_stanch_and_loses_on_the_hand_written_pattern(
     demos: list[Demo], tmp_path: Path
 ) -> None:
@@ -444,7 +488,23 @@ def test_a_short_run_loses_nothing_on_stanch_and_loses_on_the_hand_written_patte
     for label in ("missing from the database", "left rows behind", "answered 2xx, row missing"):
         assert seen[label][1] > 0, demo.output
     assert (seen["answered 2xx all the same"][1] > 0) is EXIT_AFTER_REPLY, demo.output
+    said = finds(demo.output)
+    for culprit in Culprit:
+        assert said[culprit][0].startswith(f"{FILE}:{line_of(culprit)} in "), demo.output
+        assert said[culprit][1] == "nothing", demo.output
     # what --serve promises
+    page = demo.until(r"run: stanch top (http://\S+)", 5).group(1)
+    assert page == f"{url}/_stanch"
+    taken = taken_at(page)
+    deadline = time.monotonic() + 40
+    while taken_at(page) < taken + 10:
+        assert time.monotonic() < deadline, "nobody has come"
+        time.sleep(0.2)
+    once = subprocess.run(
+        [sys.executable, "-m", "stanch.cli", "top", page, "--once"],
+        capture_output=True, text=True, timeout=50, check=False, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+    assert f"{FILE}:{line_of(Culprit.LEAK)} in begin_export()" in once.stdout, once.stderr
     api = httpx.get(f"{url}/openapi.json", trust_env=False).json()
     assert "/checkout" in api["paths"]
     assert "swagger" in httpx.get(f"{url}/docs", trust_env=False).text

@@ -34,7 +34,8 @@ def _index() -> str:
     lines = [f"- [`{code}`]({code}.md): {explain.title(code)}" for code in explain.codes()]
     introduction = (
         "# Errors\n\nEvery error ends in a line such as `stanch explain pool-exhausted`. The command prints"
-        " the page of that code; these are the same pages.\n\n"
+        " the page of that code; these are the same pages. The `type` of a problem report and an SQLSTATE"
+        " lead there too: `stanch explain busy`, `stanch explain 40001`.\n\n"
     )
     return introduction + "\n".join(lines) + "\n"
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from greenlet import greenlet
 
 _SELF: Final = str(Path(__file__).parent) + os.sep
+_DEMO: Final = _SELF + "demo" + os.sep
+"""A shop as a user would write it: its lines are to be named."""
+
 _LIBRARIES: Final = (
     f"{os.sep}site-packages{os.sep}",
     f"{os.sep}dist-packages{os.sep}",
@@ -143,7 +146,8 @@ def _is_users(frame: FrameType) -> bool:
     file = frame.f_code.co_filename
     known = _users.get(file)
     if known is None:
-        known = not (file.startswith((_SELF, "<")) or any(library in file for library in _LIBRARIES))
+        is_ours = file.startswith((_SELF, "<")) or any(library in file for library in _LIBRARIES)
+        known = not is_ours or file.startswith(_DEMO)
         if len(_users) < _KEPT:
             _users[file] = known
     return known

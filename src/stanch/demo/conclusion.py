@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from stanch.demo.finds import Culprit
 from stanch.demo.server import Layer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from stanch.demo.finds import Finds
     from stanch.demo.judge import Verdict
 
 
@@ -30,14 +32,18 @@ class Conclusion:
     sentence: str
 
 
-def conclude(verdicts: Mapping[Layer, Verdict], *, kills: int, restarts: int) -> Conclusion:
+def conclude(
+    verdicts: Mapping[Layer, Verdict], finds: Mapping[Layer, Finds], *, kills: int, restarts: int
+) -> Conclusion:
     """Broken if stanch broke a promise; void if what would have broken one did not happen; else kept.
 
-    A run in which the hand-written pattern lost nothing is void, too: its eyes were shut.
+    A culprit that it did not name is a promise broken. A run in which the hand-written pattern lost nothing is void,
+    too: its eyes were shut.
     """
     ours, theirs = verdicts[Layer.STANCH], verdicts[Layer.HANDWRITTEN]
-    if ours.broken:
-        return Conclusion(Status.BROKEN, f"stanch broke a promise: {', '.join(ours.broken)}")
+    unnamed = [f"{each.label} was not named" for each in Culprit if each not in finds[Layer.STANCH]]
+    if broken := [*ours.broken, *unnamed]:
+        return Conclusion(Status.BROKEN, f"stanch broke a promise: {', '.join(broken)}")
     happened = {
         "a backend killed": kills,
         "a restart": restarts,
@@ -46,4 +52,4 @@ def conclude(verdicts: Mapping[Layer, Verdict], *, kills: int, restarts: int) ->
     unseen = [*ours.untested, *(name for name, seen in happened.items() if not seen)]
     if unseen:
         return Conclusion(Status.VOID, f"a void run, it proves nothing; not seen: {', '.join(unseen)}")
-    return Conclusion(Status.KEPT, "stanch lost nothing")
+    return Conclusion(Status.KEPT, "stanch lost nothing, and named every culprit")

@@ -10,13 +10,14 @@ earlier: then commits that fail are answered well, and only the errors that the 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from stanch.demo import shop
-from stanch.fastapi import get_reader, get_session
+from stanch.fastapi import get_database, get_reader, get_session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -46,4 +47,5 @@ def make_app(engine: AsyncEngine) -> FastAPI:
     app.include_router(shop.router)
     overrides: dict[Any, Any] = app.dependency_overrides
     overrides[get_session] = overrides[get_reader] = commit_after_yield
+    overrides[get_database] = lambda: SimpleNamespace(session_factory=factory)
     return app

@@ -48,8 +48,8 @@ class Act:
     patience: float
 
 
-def write_script(seed: int, seconds: float, *, items: int, patience: float) -> list[Act]:
-    """All acts of *seconds* seconds, in the order in which they are due.
+def write_script(seed: int, seconds: float, *, items: int, patience: float, rate: float = RATE) -> list[Act]:
+    """All acts of *seconds* seconds, in the order in which they are due, *rate* in each.
 
     *items*: there are items 1 to this. *patience*: the longest time in seconds before a client hangs up.
 
@@ -61,13 +61,13 @@ def write_script(seed: int, seconds: float, *, items: int, patience: float) -> l
     kinds = _deal(dice)
     acts: list[Act] = []
     placed: list[uuid.UUID] = []
-    for number in range(int(seconds * RATE)):
+    for number in range(int(seconds * rate)):
         kind = next(kinds)
         fresh = uuid.UUID(int=dice.getrandbits(128), version=4)
         acts.append(
             Act(
                 kind=kind,
-                due=number / RATE,
+                due=number / rate,
                 order_id=dice.choice(placed) if kind is Kind.READ and placed else fresh,
                 item_id=dice.randint(1, items),
                 quantity=dice.randint(1, 9),

@@ -24,7 +24,8 @@ from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from stanch import Database
-from stanch.demo import handwritten, probes, shop
+from stanch.demo import culprits, handwritten, probes, shop
+from stanch.demo.shop import PAGE
 from stanch.demo.trouble import DemoFailed
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 POOL_SIZE: Final = 5
 HOST: Final = "127.0.0.1"
 START_TIMEOUT: Final = 60.0
+LEAK_AFTER: Final = 3.0
+"""Seconds; the default is ten times as much, and a demo would be over by then."""
+
 STOP_TIMEOUT: Final = 8.0
 GRACE: Final = 3
 """Seconds that requests still running get when the server is told to stop."""
@@ -64,8 +68,13 @@ class ShopServer:
     def __init__(self, layer: Layer, log: Path) -> None:
         self.layer = layer
         self.url = ""
-        self._log = log
+        self.log = log
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def page(self) -> str:
+        """The address at which the shop on stanch shows what its connections do."""
+        return self.url + PAGE
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self._spawn)
@@ -92,7 +101,7 @@ class ShopServer:
             except httpx.HTTPError as error:
                 self.check()
                 raise DemoFailed(
-                    f"the {self.layer.label} shop does not answer ({type(error).__name__}); its log: {self._log}"
+                    f"the {self.layer.label} shop does not answer ({type(error).__name__}); its log: {self.log}"
                 ) from None
             finally:
                 asking.cancel()
@@ -100,10 +109,10 @@ class ShopServer:
     def check(self) -> None:
         """Raise ``DemoFailed`` if the process has ended."""
         if self._process is not None and (status := self._process.poll()) is not None:
-            raise DemoFailed(f"the {self.layer.label} shop ended with status {status}; its log: {self._log}")
+            raise DemoFailed(f"the {self.layer.label} shop ended with status {status}; its log: {self.log}")
 
     def _spawn(self) -> None:
-        with socket.create_server((HOST, 0), backlog=256) as line, self._log.open("ab") as log:
+        with socket.create_server((HOST, 0), backlog=256) as line, self.log.open("ab") as log:
             self.url = f"http://{HOST}:{line.getsockname()[1]}"
             self._process = subprocess.Popen(  # noqa: S603  # our own module
                 [sys.executable, "-m", "stanch.demo.server", self.layer, str(line.fileno())],
@@ -141,13 +150,14 @@ async def _furnish(url: str) -> None:
 def make_app(layer: Layer, url: str) -> FastAPI:
     """The shop on *layer*, with the probes. The pools are of the same size."""
     if layer is Layer.STANCH:
-        db = Database(url, pool_size=POOL_SIZE, max_overflow=0)
+        db = Database(url, pool_size=POOL_SIZE, max_overflow=0, leak_after=LEAK_AFTER)
         app = shop.make_app(db)
         app.include_router(probes.make_router(lambda: asdict(db.stats())))
     else:
         engine = create_async_engine(url, pool_size=POOL_SIZE, max_overflow=0, pool_pre_ping=True)
         app = handwritten.make_app(engine)
         app.include_router(probes.make_router(dict))
+    app.include_router(culprits.router)
     return app
 
 

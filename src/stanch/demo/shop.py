@@ -27,6 +27,9 @@ WORKSHOP_ANSWERS_AFTER: Final = 0.12
 TICK: Final = 0.05
 """Seconds between two lines of the ticker."""
 
+PAGE: Final = "/_stanch"
+"""Where the shop shows what its connections do."""
+
 # What is stored -------------------------------------------------------------------------------------------
 
 
@@ -235,5 +238,5 @@ def make_app(db: Database[AsyncSession]) -> FastAPI:
     """The shop on stanch: this is all there is to it."""
     app = FastAPI(title="The shop, on stanch")
     app.include_router(router)
-    install(app, db)
+    install(app, db, dashboard=PAGE, dashboard_access="loopback")
     return app

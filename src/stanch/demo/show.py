@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import httpx
 
 from stanch.demo.conclusion import Status, conclude
 from stanch.demo.faults import Faults
+from stanch.demo.finds import Visitor, told
+from stanch.demo.journal import Journal
 from stanch.demo.judge import Judge, judge
 from stanch.demo.probes import POOL
 from stanch.demo.scene import Scene
@@ -33,10 +36,16 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from stanch.demo.journal import Journal
     from stanch.demo.judge import Verdict
     from stanch.demo.script import Act
 
+
+EARLY: Final = 0.15
+"""At which part of a run the culprits are visited for the first time."""
+
+STROLL: Final = 10.0
+STROLLERS: Final = 8.0
+"""With ``--serve``: seconds of one round of traffic, and acts in each of them."""
 
 _STYLES = {Status.KEPT: "bold green", Status.BROKEN: "bold red", Status.VOID: "bold yellow"}
 
@@ -92,6 +101,7 @@ class Show:
             for shop in shops:
                 await shop.open(postgres.url("asyncpg", shop.layer))
                 self._say(f"{shop.layer.label:12}  {shop.url}/docs")
+            self._say(f"the page      {shops[0].page}  (in a terminal: stanch top {shops[0].page})")
             status = await self._play_and_judge(postgres, shops)
             if self._options.serve:
                 await self._keep_serving(postgres, shops[0])
@@ -106,28 +116,36 @@ class Show:
         self._say(
             f"{options.seconds:g} s of traffic: the same {len(script)} acts on each shop (seed {options.seed})"
         )
+        visitors = {shop.layer: Visitor(shop) for shop in shops}
         scene = Scene(url=shops[0].url, seconds=options.seconds, faults=faults)
         view = view_for(self._console, plain=options.plain)
         async with _beside(_watch_pool(scene)), _beside(view.show(scene)), asyncio.TaskGroup() as group:
             group.create_task(faults.run())
             for shop in shops:
                 group.create_task(_visit(shop, scene.journals[shop.layer], script))
-        self._say("the traffic is over; the judge asks the database")
+            for visitor in visitors.values():
+                group.create_task(_visit_early(visitor, options.seconds))
+        self._say("the traffic is over; the judge asks the database, and the page who the culprits are")
+        finds = {layer: await visitor.finds() for layer, visitor in visitors.items()}
         verdicts: dict[Layer, Verdict] = {}
         for shop in shops:
             shop.check()
             findings = await Judge(postgres, shop.layer, pool_size=POOL_SIZE).look(shop.url)
             verdicts[shop.layer] = judge(scene.journals[shop.layer], findings)
         self._console.print(make_table(verdicts, faults))
-        conclusion = conclude(verdicts, kills=faults.kills, restarts=faults.restarts)
+        self._console.print(told(finds), soft_wrap=True)
+        conclusion = conclude(verdicts, finds, kills=faults.kills, restarts=faults.restarts)
         self._say(conclusion.sentence, style=_STYLES[conclusion.status])
         return conclusion.status
 
     async def _keep_serving(self, postgres: EmbeddedPostgres, shop: ShopServer) -> None:
         self._say(f"PostgreSQL {postgres.version} and {shop.url}/docs stay up until Ctrl-C", style="bold")
+        self._say(f"some customers stay, too: see {shop.page}, or run: stanch top {shop.page}", style="bold")
         # Ctrl-C arrives as a cancellation of the run; here it is the way to end it well
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
+            for turn in itertools.count():
+                await _stroll(shop, self._options.seed + turn)
+                shop.check()
 
     def _say(self, line: str, style: str = "") -> None:
         self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -146,6 +164,20 @@ def _start(postgres: EmbeddedPostgres) -> None:
 async def _visit(shop: ShopServer, journal: Journal, script: Sequence[Act]) -> None:
     async with Clients(shop.url, journal) as clients:
         await clients.play(script)
+
+
+async def _visit_early(visitor: Visitor, seconds: float) -> None:
+    """Before anything goes wrong, so that there is something to see on the page while the traffic runs."""
+    await asyncio.sleep(EARLY * seconds)
+    await visitor.visit()
+
+
+async def _stroll(shop: ShopServer, seed: int) -> None:
+    """A few customers for a while, and one visit to each culprit; bounded in time, in number and at once."""
+    script = write_script(seed, STROLL, items=len(ITEMS), patience=WORKSHOP_ANSWERS_AFTER, rate=STROLLERS)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_visit(shop, Journal(), script))
+        group.create_task(Visitor(shop).visit())
 
 
 async def _watch_pool(scene: Scene) -> None:

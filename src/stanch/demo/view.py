@@ -13,6 +13,7 @@ from rich.text import Text
 
 from stanch.demo.journal import Kind, Outcome
 from stanch.demo.server import POOL_SIZE, Layer
+from stanch.demo.shop import PAGE
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -77,7 +78,7 @@ def _progress(scene: Scene) -> RenderableType:
     line = Table.grid(padding=(0, 2))
     done = min(scene.elapsed, scene.seconds)
     line.add_row(
-        Text(scene.url, style="bold"),
+        Text(scene.url + PAGE, style="bold"),
         ProgressBar(total=scene.seconds, completed=done, width=30),
         f"{scene.left:.0f} s left",
     )
