@@ -61,6 +61,7 @@ bench: $(READY) ## The benchmarks
 	@$(BIN)/python bench/hold_time.py
 	@$(BIN)/python -m bench.fairness
 	@$(BIN)/python -m bench.overload
+	@$(BIN)/python bench/instruments.py
 
 changelog: $(TOOLED) ## What the next entry of the changelog would say
 	@$(BIN)/towncrier build --draft --version next

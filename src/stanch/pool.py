@@ -315,6 +315,7 @@ class Pool(SQLAlchemyPool):
             loop, held = self._loop, [*self._ledger.held()]
         for slot, checkout in held:
             _where_it_lives(loop, self._stop, slot)
+            checkout.reported = True
             self._observers.tell(
                 StillHeld(
                     database=self._database,
@@ -323,6 +324,7 @@ class Pool(SQLAlchemyPool):
                     place=str(checkout.place),
                     now_at=checkout.now_at,
                     sql_time=checkout.sql_time_at(now),
+                    task=checkout.task_name,
                 )
             )
 
@@ -677,7 +679,7 @@ class Pool(SQLAlchemyPool):
             f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
             remedies=[
-                *remedies_for(held, now),
+                *remedies_for(held, now, current_task()),
                 f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
             ],
         )
