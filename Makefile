@@ -59,6 +59,7 @@ docs: $(TOOLED) ## The documentation, into site/
 
 bench: $(READY) ## The benchmarks
 	@$(BIN)/python bench/hold_time.py
+	@$(BIN)/python bench/instruments.py
 
 changelog: $(TOOLED) ## What the next entry of the changelog would say
 	@$(BIN)/towncrier build --draft --version next

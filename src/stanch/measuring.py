@@ -83,6 +83,8 @@ class Holding(Value):
     statements: int
     state: str
     """``running SQL``, ``in use, no SQL running`` or ``its task is gone``."""
+    task: str = ""
+    """The name of its task, where somebody has given it one."""
 
 
 class RouteTotals(Value):
@@ -388,6 +390,7 @@ def holding_of(checkout: Checkout, now: float) -> Holding:
         sql_time=checkout.sql_time_at(now),
         statements=checkout.statements,
         state=state,
+        task=checkout.task_name,
     )
 
 
