@@ -185,6 +185,13 @@ async def test_raw_error_of_the_driver_is_classified_too(db: Database[Any]) -> N
     assert classify(caught.value) == Failure(Kind.CONFLICT, "23505", "things_pkey")
 
 
+async def test_connection_lost_while_it_is_opened_is_worth_a_retry() -> None:
+    """The SQLSTATE that asyncpg gives it, of class 08 (*Connection Exception*), is no word of the server's."""
+    error = DatabaseUnavailable("lost")
+    error.__cause__ = type("Lost", (Exception,), {"sqlstate": "08003"})()
+    assert classify(error) == Failure(Kind.UNAVAILABLE, "08003", retryable=True, disconnect=True)
+
+
 async def test_refused_connection_is_unavailable(things: FreshDatabase, driver: str, free_port: int) -> None:
     url = things.url(driver).replace(str(things.server.port), str(free_port))
     db: Database[Any] = Database(url, connect_timeout=2)

@@ -102,9 +102,8 @@ def classify(error: BaseException) -> Failure | None:
             return None  # a fault of the program, also where the server is its cause
         case errors.DatabaseUnavailable() | errors.DatabaseClosed():
             state = sqlstate_of(error)  # a wrong password or database name is not mended by trying again
-            return Failure(
-                Kind.UNAVAILABLE, state, retryable=state is None or state in _GONE, disconnect=True
-            )
+            may_come_back = state is None or state in _GONE or says_server_has_gone(state)
+            return Failure(Kind.UNAVAILABLE, state, retryable=may_come_back, disconnect=True)
         case errors.DeadlinePassed() if error.connection_invalidated:
             return Failure(Kind.TIMEOUT, disconnect=True)
         case exc.DBAPIError():
