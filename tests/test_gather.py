@@ -277,7 +277,7 @@ async def test_an_error_leaves_no_cycle_behind(db: Database[AsyncSession]) -> No
 async def test_a_task_that_holds_a_connection_is_refused(db: Database[AsyncSession]) -> None:
     async with db.transaction() as session:
         await session.execute(text("SELECT 1"))
-        with pytest.raises(InsideTransaction, match=r"gather\(\) was called by a task that has held"):
+        with pytest.raises(InsideTransaction, match=r"gather\(\) was called by a task that holds"):
             await db.gather(reading(1), reading(2))
 
 

@@ -231,7 +231,8 @@ async def test_exhaustion_names_an_idle_holder_and_how_to_free_it(
         error.what,
     )
     assert "(in_use 1 of 1, waiting 1)" in error.what
-    assert error.remedies[0].endswith("Release first: await release(session).")
+    assert error.remedies[0] == "Whoever asks holds one already: use that session, or end it first."
+    assert error.remedies[1].endswith("Release first: await release(session).")
 
 
 async def test_exhaustion_names_the_statement_that_runs_by_its_shape(

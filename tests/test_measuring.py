@@ -80,7 +80,7 @@ async def test_numbers_agree_with_what_was_done_under_errors_and_cancels(
 ) -> None:
     await fresh_database.execute("CREATE TABLE entries (id int PRIMARY KEY)")
     dice = random.Random(seed)  # a seed to find the same again
-    db = Database(fresh_database.url(driver), pool_size=3, max_overflow=1, pool_timeout=0.15)
+    db = Database(fresh_database.url(driver), pool_size=3, max_overflow=1, pool_timeout=0.1)
     measuring = db.measure()
     done: Counter[str] = Counter()
 
@@ -101,7 +101,7 @@ async def test_numbers_agree_with_what_was_done_under_errors_and_cancels(
                     await session.execute(text("SELECT 1 / 0"))
             case 4:
                 async with db.transaction() as session:
-                    await session.execute(text("SELECT pg_sleep(0.05)"))
+                    await session.execute(text("SELECT pg_sleep(0.2)"))
             case _:
                 async with db.connect() as connection:
                     await connection.execute(text("SELECT pg_sleep(0.02)"))

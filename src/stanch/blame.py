@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from stanch.sqltext import shape_of
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Sequence
 
     from stanch.ledger import Checkout
@@ -29,11 +30,18 @@ def lines_of(held: Sequence[Checkout], now: float) -> str:
     )
 
 
-def remedies_for(held: Sequence[Checkout], now: float) -> list[str]:
-    """What may help against the longest holder, by what it is doing."""
+def remedies_for(
+    held: Sequence[Checkout], now: float, caller: asyncio.Task[object] | None = None
+) -> list[str]:
+    """What may help *caller*, by what the longest holder is doing; first of all, if it waits for itself."""
     if not held:
         return []
-    longest = held[0]
+    itself = caller is not None and any(checkout.task is caller for checkout in held)
+    own = ["Whoever asks holds one already: use that session, or end it first."] if itself else []
+    return own + _against(held[0], now)
+
+
+def _against(longest: Checkout, now: float) -> list[str]:
     if not longest.is_tracked and not longest.is_orphan:
         return [
             "Look at who holds longest: await release(session) before work that waits for something else."

@@ -70,6 +70,8 @@ class StillHeld(Event):
     place: str = "?"
     now_at: str = ""
     sql_time: float = 0.0
+    task: str = ""
+    """The name of its task, where somebody has given it one."""
 
     def __str__(self) -> str:
         return (
@@ -94,6 +96,8 @@ class ConnectionLeaked(Event):
     kind: str
     held: float
     sql_time: float
+    task: str = ""
+    """The name of its task, where somebody has given it one."""
 
     def __str__(self) -> str:
         return (
@@ -103,7 +107,7 @@ class ConnectionLeaked(Event):
 
 
 class LeakReturned(Event):
-    """A connection that was told as ``ConnectionLeaked`` has come back."""
+    """A connection that was told as ``ConnectionLeaked`` or ``StillHeld`` has come back."""
 
     level: ClassVar[int] = logging.INFO
     holder: str
@@ -149,7 +153,8 @@ class HeldIdle(Event):
     def __str__(self) -> str:
         return (
             f"a connection of database {self.database!r} was held for {self.held:.2f} s, of which SQL"
-            f" {self.sql_time:.3f} s, by {_told(self)}: release(session) before work that waits for something else"
+            f" {self.sql_time:.3f} s, by {_told(self)}: give it back before waiting for something else, as"
+            " release(session) does"
         )
 
 
@@ -185,7 +190,8 @@ class RepeatedStatement(Event):
 
 def _told(event: Any) -> str:
     """Whose connection it was, from where and where that is now, as far as it is known."""
-    words = [event.holder]
+    name = getattr(event, "task", "")
+    words = [f"{event.holder} ({name})" if name else event.holder]
     if event.place not in ("?", event.holder):
         words.append(f"taken at {event.place}")
     now_at = getattr(event, "now_at", "")

@@ -69,7 +69,7 @@ class Checkout:
         self.statement = ""
         """The text of the latest one, with its literals: never to be shown, but as its shape."""
         self.reported = False
-        """Whether it was told as a leak."""
+        """Whether somebody was told that it is out for too long."""
 
     @property
     def holder(self) -> str:
@@ -77,6 +77,12 @@ class Checkout:
         if self.account is not None:
             return self.account.holder
         return "no task" if self.task is None else self.task.get_name()
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task that took it; nothing where nobody has given it one, or it says who holds already."""
+        name = "" if self.task is None or self.account is None else self.task.get_name()
+        return "" if name.startswith("Task-") else name
 
     @property
     def now_at(self) -> str:
@@ -121,9 +127,8 @@ class Checkout:
 
     def told_at(self, now: float) -> str:
         """Who has it, from where, for how long, of that in SQL, and where the holder is now: one line for people."""
-        name = "" if self.task is None else self.task.get_name()
         told = self.holder
-        if name and self.account is not None and not name.startswith("Task-"):
+        if name := self.task_name:
             told += f" ({name})"
         if self.place is not NOWHERE:
             told += f", {self.place}" if str(self.place) != self.holder else ""

@@ -11,7 +11,7 @@ import os
 import time
 from bisect import bisect_left
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from stanch.events import ConnectionLeaked, LeakReturned, SessionDropped
 from stanch.ledger import Stats
@@ -102,6 +102,8 @@ class Holding(Value):
     statements: int
     state: str
     """``running SQL``, ``in use, no SQL running`` or ``its task is gone``."""
+    task: str = ""
+    """The name of its task, where somebody has given it one."""
 
 
 class RouteTotals(Value):
@@ -399,6 +401,7 @@ def holding_of(checkout: Checkout, now: float) -> Holding:
         sql_time=checkout.sql_time_at(now),
         statements=checkout.statements,
         state=state,
+        task=checkout.task_name,
     )
 
 
@@ -416,7 +419,7 @@ def _totals(kind: Callable[..., Any], name: str, entry: Any) -> Any:
     return kind(name, **{field: getattr(entry, field) for field in entry.__slots__})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     match value:
         case Distribution():
             return value.as_dict()
@@ -436,6 +439,6 @@ def _plain(value: Any) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in cast("tuple[Any, ...]", value)]
+            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of whatever
         case _:
             return value

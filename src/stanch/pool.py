@@ -281,6 +281,7 @@ class Pool(SQLAlchemyPool):
             held = [(loop, *entry) for loop, ledger in self._ledgers.items() for entry in ledger.held()]
         for loop, slot, checkout in held:
             _where_it_lives(loop, self._sever, slot)
+            checkout.reported = True
             self._observers.tell(
                 StillHeld(
                     database=self._database,
@@ -289,6 +290,7 @@ class Pool(SQLAlchemyPool):
                     place=str(checkout.place),
                     now_at=checkout.now_at,
                     sql_time=checkout.sql_time_at(now),
+                    task=checkout.task_name,
                 )
             )
 
@@ -504,7 +506,7 @@ class Pool(SQLAlchemyPool):
             f"no connection came free within {limit}"
             f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
             remedies=[
-                *remedies_for(held, now),
+                *remedies_for(held, now, current_task()),
                 f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
             ],
         )

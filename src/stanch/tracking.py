@@ -206,6 +206,7 @@ class Sweep:
                 kind=self._kind_of(checkout),
                 held=now - checkout.since,
                 sql_time=checkout.sql_time_at(now),
+                task=checkout.task_name,
             )
         )
 
