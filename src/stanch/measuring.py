@@ -439,6 +439,6 @@ def _plain(value: object) -> Any:
         case Value():
             return {name: _plain(getattr(value, name)) for name in value.fields()}
         case tuple():
-            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType]  # of whatever
+            return [_plain(each) for each in value]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  # of whatever
         case _:
             return value

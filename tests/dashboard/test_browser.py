@@ -269,7 +269,7 @@ def lively(name: str = "main") -> Fed:
             account = Account(route)
             account.held, account.statements, account.sql_time = 3.0 - index, 12, 0.4
             fed.measuring.closed(account)
-            fed.measuring.returned(Checkout(None, 0.0), 0.02)
+            fed.measuring.returned(Checkout(None, 0.0, account), 0.02)
             fed.measuring.waited(0.004, "served", account)
         fed.measuring.executed(
             f"SELECT {route.lower()[-1]}x FROM t", 0.2, None, lambda: Place("a.py", 1, "f"), None
@@ -285,7 +285,7 @@ def lively(name: str = "main") -> Fed:
                 "in use, no SQL running",
             )
         )
-    fed.measuring.waited(5.0, "timeout", None)
+    fed.measuring.waited(5.0, "timeout", Account("GET /a"))
     fed.measuring.note(
         ConnectionLeaked(
             name, "GET /a", "shop.py:10 in f()", "shop.py:11 in f()", "idle in transaction", 30.0, 0.1

@@ -58,7 +58,7 @@ class Moment(NamedTuple):
 class History:
     """Keeps the samples. It is a timer of the running loop, no task: a loop that ends takes it along.
 
-    Costs one look at the counts of each database a second, some ten microseconds.
+    Costs one look at the counts of each database a second, some twenty microseconds.
     """
 
     def __init__(self, databases: Sequence[Database[Any]]) -> None:
