@@ -10,6 +10,8 @@ from enum import Enum
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from stanch.values import Value
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -275,7 +277,7 @@ _HARMLESS: Final = frozenset(
 _UNKNOWN: Final = "?"
 
 
-class Suspicion(NamedTuple):
+class Suspicion(Value):
     """*what* in a statement may have written: a function or its first keyword; *certain*: it is meant to write."""
 
     what: str
