@@ -61,6 +61,8 @@ bench: $(READY) ## The benchmarks
 	@$(BIN)/python bench/hold_time.py
 	@$(BIN)/python -m bench.fairness
 	@$(BIN)/python -m bench.overload
+	@$(BIN)/python -m bench.fairness
+	@$(BIN)/python -m bench.overload
 
 changelog: $(TOOLED) ## What the next entry of the changelog would say
 	@$(BIN)/towncrier build --draft --version next
