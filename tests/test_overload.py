@@ -164,6 +164,22 @@ def test_crowd_of_constant_size_is_waited_for(held: float) -> None:
     assert played(scene).outcomes.total() == 32 * 20
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("clients", [16, 24])
+def test_crowd_that_pauses_and_comes_back_is_waited_for(clients: int, seed: int) -> None:
+    """As workers do that repeat a transaction after a conflict: their number in the queue goes up and down."""
+
+    async def scene(pool: Pool, served: Served, chance: random.Random) -> None:
+        async def client() -> None:
+            for _ in range(60):
+                assert await call(pool, 0.1 * chance.uniform(0.2, 1.8), served)
+                await asyncio.sleep(chance.choice((0.0, 0.6)) * chance.random())
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+
+    assert played(scene, seed, pool_size=5).outcomes.total() == clients * 60
+
+
 def test_slow_work_of_a_few_is_waited_for() -> None:
     """Three connections for twelve reports of half a second, which come one after the other."""
 

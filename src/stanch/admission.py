@@ -3,9 +3,9 @@
 Pure: asked under the pool's lock, every time is handed in (monotonic seconds). The idea is CoDel's (RFC 8289): a queue
 that comes and goes is what queues are for; one that stands is load that cannot be served, and whoever joins it only
 makes all the others late. A packet is dropped at little cost, a request is not, so more is asked for here before
-anybody is refused: callers must have been late for a whole interval, while the queue grew to twice what it had been and
-to more than two places for each connection. So a burst that is being served, a crowd of constant size and slow work of
-a few are waited for, and load that exceeds what can be served is seen about when lateness has doubled.
+anybody is refused: callers must have been late for a whole interval, while the queue grew to twice what it had been
+and to more than three places for each connection. So a burst that is being served, a crowd of constant size and slow
+work of a few are waited for, and load that exceeds what can be served is seen about when lateness has doubled.
 
 While refusing, as many may wait as were lately served within the time that a wait may take; the others are told at
 once. It ends when nobody had to be refused for ten intervals: chance alone leaves one without.
@@ -17,8 +17,11 @@ from typing import Final, Protocol
 
 from stanch.values import Value
 
-FEW: Final = 10
-"""So many may wait in any case: twice the connections of the smallest pools is less than one page asks for."""
+FEW: Final = 20
+"""So many may wait in any case: thrice the connections of the smallest pools is no more than one page asks for."""
+
+CROWD: Final = 3
+"""So many may wait for each connection in any case: a crowd of constant size comes and goes, and is no overload."""
 
 QUIET: Final = 10
 """Intervals without a refusal, after which load and capacity agree again."""
@@ -99,11 +102,11 @@ class QueueTime(Admission):
     """
 
     __slots__ = (
+        "_at_first",
         "_before",
         "_count",
         "_interval",
         "_late_since",
-        "_least",
         "_refused_at",
         "_target",
         "_window",
@@ -120,7 +123,7 @@ class QueueTime(Admission):
         self._target = target
         self._interval = interval
         self._late_since: float | None = None
-        self._least = 0
+        self._at_first = 0
         self._refused_at = 0.0
         # Turns since the window began, and the same of the window before.
         self._window, self._count = 0.0, 0
@@ -133,15 +136,13 @@ class QueueTime(Admission):
         elif waited <= self._target:
             self._late_since = None
         elif self._late_since is None:
-            self._late_since, self._least = now, waiting
-        else:
-            self._least = min(self._least, waiting)
-            if (
-                now - self._late_since >= self._interval
-                and waiting > max(FEW, 2 * out)
-                and waiting >= 2 * self._least
-            ):
-                self.is_refusing, self._refused_at = True, now
+            self._late_since, self._at_first = now, waiting
+        elif (
+            now - self._late_since >= self._interval
+            and waiting > max(FEW, CROWD * out)
+            and waiting >= 2 * self._at_first
+        ):
+            self.is_refusing, self._refused_at = True, now
 
     def served(self, now: float) -> None:
         """See `Admission`."""

@@ -72,8 +72,8 @@ class Settings(Value, kw_only=True):
       waiting. Without that, load beyond capacity makes everybody wait until clients have given up, and the work is
       done for nobody. 0.08 s, because with work of 0.1 s even the slowest replies then come within a quarter of a
       second, at twice and at four times the capacity; 0.1 s, because that is longer than a hiccup of the event loop.
-      A burst that is being served, a crowd of constant size, and a queue of ten or of twice the connections make
-      nobody be refused. None refuses nobody.
+      A burst that is being served, a crowd of constant size, and a queue of twenty or of thrice the connections
+      make nobody be refused. None refuses nobody.
     - ``max_waiting`` = None: how many may wait at most; one more is refused at once. None because the right
       number follows from the time a wait may take, which is bounded already; a number also bounds a burst.
     - ``pool_use_lifo`` = False: the connection that was idle for longest is taken next, so that all stay in use; as
