@@ -26,7 +26,6 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.accounts import paying
-from stanch.blame import lines_of, remedies_for
 from stanch.callers import current_loop, current_task
 from stanch.deadlines import in_force, to_tidy_up, whose, within
 from stanch.errors import DatabaseUnavailable, PoolExhausted
@@ -489,6 +488,8 @@ class Pool(SQLAlchemyPool):
             self._drop(unwanted)
 
     def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted | DatabaseUnavailable:
+        from stanch.blame import lines_of, remedies_for  # noqa: PLC0415  # only when it has come to that
+
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()
