@@ -60,6 +60,21 @@ def has_events(engine: Any) -> bool:
 # pool.py ----------------------------------------------------------------------------------------------------
 
 
+def test_a_record_refers_weakly_to_what_it_has_lent_until_that_is_returned() -> None:
+    """Ours replaces the attribute by a property, which sees whether that was dead when it is taken back."""
+    assert (
+        "fairy_ref" in vars(base._ConnectionRecord) or "fairy_ref" in base._ConnectionRecord.__annotations__
+    )
+    assert "fairy_ref" in calls(base._ConnectionRecord.checkin)
+    assert "fairy_ref" in calls(base._ConnectionFairy.detach)
+    engine = create_engine("sqlite://", poolclass=QueuePool)
+    with engine.connect() as connection:
+        record: Any = connection.connection._connection_record  # type: ignore[attr-defined]  # as said
+        assert record.fairy_ref() is connection.connection
+    assert record.fairy_ref is None
+    engine.dispose()
+
+
 def test_pool_has_the_doors_that_ours_replaces() -> None:
     assert parameters(Pool._do_get) == ["self"]
     assert parameters(Pool._do_return_conn) == ["self", "record"]
@@ -417,6 +432,21 @@ def test_aiosqlite_has_what_ours_overrides() -> None:
     assert positional(execute)[:2] == ["self", "fn"]
     database = aiosqlite.connect(":memory:")
     assert isinstance(database, threading.Thread) or hasattr(database, "_thread")
+
+
+# routes.py --------------------------------------------------------------------------------------------------
+
+
+def test_a_mount_says_that_it_was_passed() -> None:
+    from starlette.routing import Mount
+
+    mount = Mount("/tenants/{tenant}", app=lambda *_arguments: None)  # type: ignore[arg-type, return-value]  # never called
+    scope = {"type": "http", "path": "/tenants/7/orders", "root_path": "", "method": "GET"}
+    _, inside = mount.matches(scope)
+    assert "app_root_path" in inside
+    match = mount.path_regex.match("/tenants/7/orders")
+    assert match is not None
+    assert match["path"] == "orders"
 
 
 # And nothing else -------------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from stanch.accounts import paying
 from stanch.admission import QueueTime
-from stanch.blame import lines_of, remedies_for
 from stanch.callers import current_loop, current_task
 from stanch.deadlines import in_force, to_tidy_up, whose, within
 from stanch.door import PROBE_INTERVAL, Trouble
@@ -641,6 +640,8 @@ class Pool(SQLAlchemyPool):
         return error
 
     def _overloaded(self, ledger: Ledger[Slot], refusal: Refusal) -> PoolOverloaded:
+        from stanch.blame import lines_of, remedies_for  # noqa: PLC0415  # only when it has come to that
+
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()
@@ -650,7 +651,7 @@ class Pool(SQLAlchemyPool):
             f" the first for {refusal.waited:.2f} s): {refusal.reason}{lines_of(held, now)}",
             remedies=[
                 "Let the client try again later: the reply is 503 with Retry-After.",
-                *remedies_for(held, now),
+                *remedies_for(held, now, current_task()),
                 f"Raise {self._sized_by}, if the server has room; for work that can wait, queue_target=None.",
             ],
         )
@@ -662,6 +663,8 @@ class Pool(SQLAlchemyPool):
             self._drop(unwanted)
 
     def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted | DatabaseUnavailable:
+        from stanch.blame import lines_of, remedies_for  # noqa: PLC0415  # only when it has come to that
+
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()

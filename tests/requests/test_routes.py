@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import APIRouter, FastAPI, Request, WebSocket
+from sqlalchemy import text
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
@@ -124,3 +125,19 @@ def test_a_mount_in_an_included_router_is_named_with_the_prefix() -> None:
         pytest.skip("this FastAPI includes no mounts")
     assert client(app).get("/api/alone/7").text == "GET /api/alone/{x}"
     assert client(app).get(f"/api/area/{SECRET}/plain/7").text == "GET /api/area/{y}/plain/{x}"
+
+
+def test_a_connection_of_a_request_is_held_by_its_route_and_taken_by_a_line_of_the_handler() -> None:
+    db, app = database(), FastAPI()
+
+    @app.get("/orders/{number}")
+    async def read(number: str, session: SessionDep) -> dict[str, str]:
+        await session.execute(text("SELECT 1"))
+        (held,) = db.holdings()
+        return {"holder": held.holder, "place": held.place}
+
+    install(app, db, lifespan=False)
+    told = client(app).get(f"/orders/{SECRET}").json()
+    assert told["holder"] == "GET /orders/{number}"
+    assert told["place"].endswith("read()")
+    assert told["place"].startswith("test_routes.py:")
