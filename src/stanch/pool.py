@@ -264,11 +264,19 @@ class Pool(SQLAlchemyPool):
             self._forget_closed_loop()  # nothing of its can be awaited here
             self.generation += 1
             loop, idle = self._loop, self._ledger.clear_idle()
-        for slot in idle:
-            if loop is current_loop():
-                slot.close()
-            else:
-                _where_it_lives(loop, self._drop, slot)
+        try:
+            for slot in idle:
+                if loop is current_loop():
+                    slot.close()
+                else:
+                    _where_it_lives(loop, self._drop, slot)
+        except (
+            BaseException
+        ):  # cancelled: the others are on no books any more, so nobody would ever close them
+            for slot in idle:
+                if slot.dbapi_connection is not None:
+                    self._drop(slot)
+            raise
         self._disposed = True
 
     def recreate(self) -> Self:
@@ -529,6 +537,7 @@ class Pool(SQLAlchemyPool):
                 ledger.stand_back(slot, caller.waiter)
                 return False
         try:
+            self.admit()  # asked again: he may have waited, and the database be closed by now
             slot.get_connection()
         except BaseException as error:
             if slot.dbapi_connection is not None:  # open, and not ready for use
