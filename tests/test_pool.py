@@ -588,13 +588,14 @@ async def test_dispose_forgets_no_connection_that_came_back_meanwhile(
         await_only(go_on.wait())
 
     async with make(fresh_database, driver) as db:
-        await pid_of(db)
+        first = await pid_of(db)
         event.listen(db.engine.sync_engine.pool, "close", close_slowly)
         disposing = asyncio.create_task(db.engine.dispose())
         await closing.wait()
         pid = await pid_of(db)
         go_on.set()
         await disposing
+        await gone(fresh_database, first)
         assert db.stats().idle == 1
         assert [row["pid"] for row in await fresh_database.activity()] == [pid]
         assert await pid_of(db) == pid
