@@ -422,6 +422,7 @@ class Pool(SQLAlchemyPool):
     def hand_out(self, slot: Slot) -> None:
         """*slot* has its connection and goes to whoever is on the stack."""
         checkout = slot.entry = slot.ledger.checkout(slot)
+        checkout.since = time.monotonic()  # what opening it took is not held against him
         if self._sweep is not None:
             self._sweep.begin()
         self._instruments.meter.taken(checkout)
