@@ -126,11 +126,13 @@ class _Caller:
 
     __slots__ = ("due", "turn", "waited", "waiter")
 
-    def __init__(self, task: asyncio.Task[object] | None, turn: Turn, timeout: float) -> None:
+    def __init__(
+        self, task: asyncio.Task[object] | None, turn: Turn, timeout: float, *, has_begun: bool
+    ) -> None:
         now = time.monotonic()
         self.turn = turn
         self.due = now + timeout
-        self.waiter = Waiter[Slot](task, turn.wake, since=now)
+        self.waiter = Waiter[Slot](task, turn.wake, since=now, has_begun=has_begun)
         self.waited = 0.0
         """Seconds in the queue, all his waits together."""
 
@@ -141,7 +143,8 @@ class Pool(SQLAlchemyPool):
     Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
     ``PoolExhausted``. A waiter that is cancelled gives its place back; a connection that is mid-operation or
     mid-transaction when it is returned is severed, never reused. Who would have to wait too long is refused early
-    (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``).
+    (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``), unless his unit of work has had a
+    connection already, or his task holds one.
 
     Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
     open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
@@ -206,15 +209,16 @@ class Pool(SQLAlchemyPool):
         task, account = current_task(), paying.get()
         with self._lock:
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
+            holds_another = slot is None and task is not None and ledger.held_by(task) is not None
         caller: _Caller | None = None
         if slot is None:
-            caller = self._caller(task)
+            caller = self._caller(task, account, holds_another=holds_another)
         try:
             if slot is None:
                 assert caller is not None
                 slot = self._queue_up(ledger, caller)
             while not self._is_ready(slot, account):
-                caller = caller or self._caller(task)
+                caller = caller or self._caller(task, account)
                 if self._open(ledger, slot, caller):
                     break
                 slot = self._wait(ledger, caller)
@@ -574,15 +578,18 @@ class Pool(SQLAlchemyPool):
             slot = ledger.take(caller.waiter.task, new=lambda: Slot(self, ledger))
             if slot is not None:
                 return slot
-            refusal = ledger.refusal()
+            refusal = None if caller.waiter.has_begun else ledger.refusal()
             if refusal is None:
                 ledger.enqueue(caller.waiter)
         if refusal is not None:
             raise self._overloaded(ledger, refusal)
         return self._wait(ledger, caller)
 
-    def _caller(self, task: asyncio.Task[object] | None) -> _Caller:
-        return _Caller(task, self._turn(), self._settings.pool_timeout)
+    def _caller(
+        self, task: asyncio.Task[object] | None, account: Account | None, *, holds_another: bool = False
+    ) -> _Caller:
+        has_begun = holds_another or (account is not None and account.held > 0)
+        return _Caller(task, self._turn(), self._settings.pool_timeout, has_begun=has_begun)
 
     def _tell_wait(
         self, caller: _Caller | None, account: Account | None, error: BaseException | None
