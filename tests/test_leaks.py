@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy import event, text
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from stanch import Database, PoolExhausted
 from stanch.events import (
@@ -417,6 +417,26 @@ async def test_a_connection_held_without_use_is_told_once_for_its_line(
     assert re.fullmatch(r"test_leaks\.py:\d+ in test_a_connection_held\w+\(\)", idle.place)
     assert idle.held - idle.sql_time >= 0.05
     assert "release(session)" in str(idle)
+
+
+async def test_opening_a_connection_is_not_held_against_whoever_needed_it(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """The server was slow, and no line of the user's waited for anything else."""
+    db, told = make(fresh_database, driver, leak_after=None, held_idle_after=0.3)
+    measuring = db.measure()
+
+    def dawdle(*_connection: object) -> None:
+        await_only(asyncio.sleep(0.4))
+
+    event.listen(db.engine.sync_engine, "connect", dawdle)
+    async with db, db.session() as session:
+        await session.execute(ONE)
+        await session.commit()
+    assert told.of(HeldIdle) == []
+    numbers = measuring.snapshot()
+    assert numbers.creates.total >= 0.4
+    assert numbers.uses.total < 0.4
 
 
 # Statements -------------------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 from sqlalchemy.util import greenlet_spawn
 
+from stanch.accounts import Account, paying
+from stanch.admission import Everybody
 from stanch.errors import DatabaseUnavailable, PoolExhausted, PoolOverloaded
-from stanch.ledger import Waiter
+from stanch.ledger import Ledger, Waiter
 from tests.support.simulation import Server, make_pool, simulate
 
 if TYPE_CHECKING:
@@ -193,6 +195,87 @@ def test_slow_work_of_a_few_is_waited_for() -> None:
     assert played(scene, pool_size=3).outcomes.total() == 12
 
 
+async def connected(pool: Pool) -> Any:
+    """By whoever has no connection yet: in a task of its own."""
+    return await greenlet_spawn(pool.connect)
+
+
+async def queue_of_four(pool: Pool, served: Served) -> tuple[list[Any], list[asyncio.Task[bool]]]:
+    held = [await asyncio.create_task(connected(pool)) for _ in range(10 - pool.stats().in_use)]
+    waiting = [asyncio.create_task(call(pool, 0.0, served)) for _ in range(4)]
+    while pool.stats().waiting < 4:  # noqa: ASYNC110  # time costs nothing here
+        await asyncio.sleep(0)
+    return held, waiting
+
+
+async def released(held: list[Any], waiting: list[asyncio.Task[bool]]) -> None:
+    for fairy in held:
+        fairy.close()
+    await asyncio.wait(waiting)
+
+
+def test_a_unit_that_has_had_a_connection_is_not_refused_its_next() -> None:
+    """It has released it, or reads statement by statement: to refuse it would be to throw its work away."""
+
+    async def scene(pool: Pool, served: Served, _chance: random.Random) -> None:
+        paying.set(Account("GET /report"))
+        fairy = await connected(pool)
+        await asyncio.sleep(0.01)
+        fairy.close()
+        queue = await queue_of_four(pool, served)
+        again = asyncio.create_task(connected(pool))
+        while pool.stats().waiting < 5:  # noqa: ASYNC110  # likewise
+            await asyncio.sleep(0)
+        with pytest.raises(PoolOverloaded):  # who has done nothing yet
+            pool.refuse_early()
+        await released(*queue)
+        (await again).close()
+
+    assert played(scene, max_waiting=4).outcomes == {"in time": 4}
+
+
+def test_whose_task_holds_a_connection_is_not_refused_another() -> None:
+    async def scene(pool: Pool, served: Served, _chance: random.Random) -> None:
+        mine: list[Any] = []
+
+        async def unit() -> None:
+            mine.append(await connected(pool))
+            queue = await queue_of_four(pool, served)
+            asyncio.get_running_loop().call_later(0.01, queue[0].pop().close)
+            mine.append(await connected(pool))
+            await released(*queue)
+
+        await asyncio.create_task(unit())
+        for fairy in mine:
+            fairy.close()
+
+    assert played(scene, max_waiting=4).outcomes == {"in time": 4}
+
+
+def test_who_has_begun_is_served_in_his_turn_also_while_others_are_refused_as_too_late() -> None:
+    """Whoever comes first in a queue that is late is refused; the one who has done half of his work is not."""
+    ledger = Ledger[list[str]](pool_size=1, max_overflow=0, clock=lambda: 10.0, admission=EverybodyIsLate())
+    slot = ledger.take(None, new=lambda: ["connection"])
+    assert slot is not None
+    ledger.open_up(new=list)
+    newcomer, begun, last = (
+        Waiter[list[str]](None, lambda: None, has_begun=each) for each in (False, True, False)
+    )
+    for waiter in newcomer, begun, last:
+        ledger.enqueue(waiter)
+    ledger.give_back(slot, usable=True)
+    assert newcomer.refusal is not None
+    assert (begun.slot, begun.refusal) == (slot, None)
+    assert not last.is_over
+
+
+class EverybodyIsLate(Everybody):
+    """Whoever is first is too late, while there is somebody behind him."""
+
+    def is_too_late(self, *, waited: float, waiting: int, out: int, now: float) -> bool:
+        return waiting > 1
+
+
 def test_who_would_be_one_more_than_max_waiting_is_refused_at_once() -> None:
     async def scene(pool: Pool, served: Served, _chance: random.Random) -> None:
         held: list[Any] = [await greenlet_spawn(pool.connect) for _ in range(10)]
@@ -200,7 +283,7 @@ def test_who_would_be_one_more_than_max_waiting_is_refused_at_once() -> None:
         while pool.stats().waiting < 4:  # noqa: ASYNC110  # time costs nothing here
             await asyncio.sleep(0)
         with pytest.raises(PoolOverloaded) as refused:
-            await greenlet_spawn(pool.connect)
+            await asyncio.create_task(connected(pool))
         assert str(refused.value).startswith(
             "refused, for others wait already (in_use 10 of 10, waiting 4, the first for 0.00 s): max_waiting is 4"
         )

@@ -28,6 +28,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from stanch import (
     ConfigError,
     Database,
+    DatabaseClosed,
     DatabaseUnavailable,
     DeadlinePassed,
     PoolExhausted,
@@ -52,6 +53,12 @@ fresh_database, module_database = cleaned.fresh_database, cleaned.module_databas
 forgetful_driver = cleaned.forgetful_driver
 
 PID = text("SELECT pg_backend_pid()")
+NOBODY_ELSE = """
+    SELECT 1 WHERE NOT EXISTS (
+        SELECT FROM pg_stat_activity
+        WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+    )
+"""
 
 
 def make(judged: FreshDatabase, driver: str, **settings: Any) -> Database[Any]:
@@ -581,13 +588,14 @@ async def test_dispose_forgets_no_connection_that_came_back_meanwhile(
         await_only(go_on.wait())
 
     async with make(fresh_database, driver) as db:
-        await pid_of(db)
+        first = await pid_of(db)
         event.listen(db.engine.sync_engine.pool, "close", close_slowly)
         disposing = asyncio.create_task(db.engine.dispose())
         await closing.wait()
         pid = await pid_of(db)
         go_on.set()
         await disposing
+        await gone(fresh_database, first)
         assert db.stats().idle == 1
         assert [row["pid"] for row in await fresh_database.activity()] == [pid]
         assert await pid_of(db) == pid
@@ -760,6 +768,53 @@ def test_close_severs_what_another_running_loop_holds_and_its_holder_hears_of_it
     assert isinstance(outcome[0], DBAPIError | OSError), outcome
     postgres.sql(f"SELECT pg_cancel_backend({pids[0]})")  # a severed backend notices when its sleep is over
     assert _gone_from(postgres, pids[0])
+
+
+async def test_who_still_waits_when_the_database_is_closed_opens_nothing_behind_it(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    db = make(fresh_database, driver, pool_size=1, drain_timeout=0.2)
+    closed = asyncio.Event()
+
+    async def hold() -> None:
+        async with db.session() as session:
+            await session.execute(PID)
+            await closed.wait()
+
+    async def wait() -> None:
+        async with db.session() as session:
+            await session.execute(PID)
+
+    await db.open()
+    holder = asyncio.create_task(hold())
+    await until_true(lambda: db.stats().in_use == 1)
+    waiter = asyncio.create_task(wait())
+    await until_true(lambda: db.stats().waiting == 1)
+    await db.close()
+    closed.set()
+    await holder
+    with pytest.raises(DatabaseClosed):
+        await waiter
+    assert (db.stats().size, db.stats().waiting) == (0, 0)
+    await until(fresh_database, NOBODY_ELSE)
+    async with db:
+        assert await pid_of(db)
+
+
+async def test_dispose_that_is_cancelled_leaves_nothing_open(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    async with make(fresh_database, driver, pool_size=3) as db:
+        async with db.connect(), db.connect(), db.connect():
+            pass
+        disposing = asyncio.create_task(db.engine.dispose())
+        await asyncio.sleep(0)
+        disposing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await disposing
+        assert db.stats().size == 0
+        await until(fresh_database, NOBODY_ELSE)
+        assert await pid_of(db)
 
 
 # Forks ------------------------------------------------------------------------------------------------------

@@ -219,13 +219,20 @@ class Stats:
 class Waiter(Generic[Slot]):
     """A place in the queue. *wake* is called after the wait has ended in one of three ways, or to look again."""
 
-    __slots__ = ("refusal", "since", "slot", "task", "trouble", "wake")
+    __slots__ = ("has_begun", "refusal", "since", "slot", "task", "trouble", "wake")
 
     def __init__(
-        self, task: asyncio.Task[object] | None, wake: Callable[[], None], *, since: float = 0.0
+        self,
+        task: asyncio.Task[object] | None,
+        wake: Callable[[], None],
+        *,
+        since: float = 0.0,
+        has_begun: bool = False,
     ) -> None:
         self.task = task
         self.wake = wake
+        self.has_begun = has_begun
+        """Whether his unit of work has had a connection before: to refuse him would be to throw that work away."""
         self.since = since
         """When the wait began (monotonic seconds)."""
         self.slot: Slot | None = None
@@ -526,7 +533,9 @@ class Ledger(Generic[Slot]):
         waited, waiting = now - self._first.since, len(self._queue)
         admission.see(waited=waited, waiting=waiting, out=out, now=now)
         admission.served(now)
-        while admission.is_too_late(waited=waited, waiting=waiting, out=out, now=now):
+        while not self._first.has_begun and admission.is_too_late(
+            waited=waited, waiting=waiting, out=out, now=now
+        ):
             late, _ = self._queue.popitem(last=False)
             late.refusal = Refusal(admission.reason, waiting - 1, waited, now)
             late.wake()

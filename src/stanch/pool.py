@@ -125,11 +125,13 @@ class _Caller:
 
     __slots__ = ("due", "turn", "waited", "waiter")
 
-    def __init__(self, task: asyncio.Task[object] | None, turn: Turn, timeout: float) -> None:
+    def __init__(
+        self, task: asyncio.Task[object] | None, turn: Turn, timeout: float, *, has_begun: bool
+    ) -> None:
         now = time.monotonic()
         self.turn = turn
         self.due = now + timeout
-        self.waiter = Waiter[Slot](task, turn.wake, since=now)
+        self.waiter = Waiter[Slot](task, turn.wake, since=now, has_begun=has_begun)
         self.waited = 0.0
         """Seconds in the queue, all his waits together."""
 
@@ -140,7 +142,8 @@ class Pool(SQLAlchemyPool):
     Guarantees: a wait ends within ``pool_timeout`` seconds and before the deadline in force, in a connection or in
     ``PoolExhausted``. A waiter that is cancelled gives its place back; a connection that is mid-operation or
     mid-transaction when it is returned is severed, never reused. Who would have to wait too long is refused early
-    (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``).
+    (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``), unless his unit of work has had a
+    connection already, or his task holds one.
 
     Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
     open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
@@ -205,15 +208,16 @@ class Pool(SQLAlchemyPool):
         task, account = current_task(), paying.get()
         with self._lock:
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
+            holds_another = slot is None and task is not None and ledger.held_by(task) is not None
         caller: _Caller | None = None
         if slot is None:
-            caller = self._caller(task)
+            caller = self._caller(task, account, holds_another=holds_another)
         try:
             if slot is None:
                 assert caller is not None
                 slot = self._queue_up(ledger, caller)
             while not self._is_ready(slot, account):
-                caller = caller or self._caller(task)
+                caller = caller or self._caller(task, account)
                 if self._open(ledger, slot, caller):
                     break
                 slot = self._wait(ledger, caller)
@@ -263,11 +267,19 @@ class Pool(SQLAlchemyPool):
             self._forget_closed_loop()  # nothing of its can be awaited here
             self.generation += 1
             loop, idle = self._loop, self._ledger.clear_idle()
-        for slot in idle:
-            if loop is current_loop():
-                slot.close()
-            else:
-                _where_it_lives(loop, self._drop, slot)
+        try:
+            for slot in idle:
+                if loop is current_loop():
+                    slot.close()
+                else:
+                    _where_it_lives(loop, self._drop, slot)
+        except (
+            BaseException
+        ):  # cancelled: the others are on no books any more, so nobody would ever close them
+            for slot in idle:
+                if slot.dbapi_connection is not None:
+                    self._drop(slot)
+            raise
         self._disposed = True
 
     def recreate(self) -> Self:
@@ -413,6 +425,7 @@ class Pool(SQLAlchemyPool):
     def hand_out(self, slot: Slot) -> None:
         """*slot* has its connection and goes to whoever is on the stack."""
         checkout = slot.entry = slot.ledger.checkout(slot)
+        checkout.since = time.monotonic()  # what opening it took is not held against him
         if self._sweep is not None:
             self._sweep.begin()
         self._instruments.meter.taken(checkout)
@@ -528,6 +541,7 @@ class Pool(SQLAlchemyPool):
                 ledger.stand_back(slot, caller.waiter)
                 return False
         try:
+            self.admit()  # asked again: he may have waited, and the database be closed by now
             slot.get_connection()
         except BaseException as error:
             if slot.dbapi_connection is not None:  # open, and not ready for use
@@ -563,15 +577,18 @@ class Pool(SQLAlchemyPool):
             slot = ledger.take(caller.waiter.task, new=lambda: Slot(self, ledger))
             if slot is not None:
                 return slot
-            refusal = ledger.refusal()
+            refusal = None if caller.waiter.has_begun else ledger.refusal()
             if refusal is None:
                 ledger.enqueue(caller.waiter)
         if refusal is not None:
             raise self._overloaded(ledger, refusal)
         return self._wait(ledger, caller)
 
-    def _caller(self, task: asyncio.Task[object] | None) -> _Caller:
-        return _Caller(task, self._turn(), self._settings.pool_timeout)
+    def _caller(
+        self, task: asyncio.Task[object] | None, account: Account | None, *, holds_another: bool = False
+    ) -> _Caller:
+        has_begun = holds_another or (account is not None and account.held > 0)
+        return _Caller(task, self._turn(), self._settings.pool_timeout, has_begun=has_begun)
 
     def _tell_wait(
         self, caller: _Caller | None, account: Account | None, error: BaseException | None

@@ -74,8 +74,9 @@ class Settings(Value, kw_only=True):
       second, at twice and at four times the capacity; 0.1 s, because that is longer than a hiccup of the event loop.
       A burst that is being served, a crowd of constant size, and a queue of twenty or of thrice the connections
       make nobody be refused. None refuses nobody.
-    - ``max_waiting`` = None: how many may wait at most; one more is refused at once. None because the right
-      number follows from the time a wait may take, which is bounded already; a number also bounds a burst.
+    - ``max_waiting`` = None: how many may wait at most; one more is refused at once, unless it is a unit of work that
+      has had a connection already. None because the right number follows from the time a wait may take, which is
+      bounded already; a number also bounds a burst.
     - ``pool_use_lifo`` = False: the connection that was idle for longest is taken next, so that all stay in use; as
       SQLAlchemy. True takes the one that came back last, so that a firewall or the server may end the others.
     - ``pool_recycle`` = 1800 s: a connection of that age is replaced when it is next taken, each at a moment of its own
