@@ -35,7 +35,7 @@ from stanch.cli.top.screen import Choice, Glyphs, View, full_screen
 from stanch.cli.top.state import State
 from stanch.fastapi import SessionDep, install
 from stanch.ledger import Stats
-from tests.support.fake_feed import HOLDING, ROUTE, STATEMENT, FakeFeed, happening, message, snapshot
+from tests.support.fake_feed import HOLDING, LEAK, ROUTE, STATEMENT, FakeFeed, happening, message, snapshot
 from tests.support.terminal import BACK_AGAIN, CURSOR, OTHER_SCREEN, Terminal
 from tests.support.uvicorn_server import serve
 
@@ -326,6 +326,13 @@ async def test_once_prints_all_databases_as_plain_text_and_ends(fed: Fed) -> Non
         assert word in done.out
     assert done.out.count("uncommitted writes") == 1, "an event of one database is none of the other"
     assert "\x1b" not in done.out
+
+
+async def test_what_became_of_a_leak_is_told(fed: Fed) -> None:
+    leaks = [LEAK, LEAK.but(returned=True), LEAK.but(returned=True, kind="dropped unclosed")]
+    fed.feed.tell(message(snapshot(leaks=tuple(leaks), holders=())))
+    lines = (await top(fed.page, "--once")).out.splitlines()
+    assert [line.split()[-1] for line in lines if "exports.py" in line] == ["out", "returned", "reclaimed"]
 
 
 async def test_who_was_not_served_is_told(fed: Fed) -> None:

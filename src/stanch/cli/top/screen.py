@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stanch.cli.top.readings import NOTHING
-from stanch.measuring import BOUNDS
+from stanch.measuring import BOUNDS, DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from stanch.cli.top.state import State, Watched
-    from stanch.measuring import Distribution, RouteTotals, Snapshot, StatementTotals
+    from stanch.measuring import Distribution, Leak, RouteTotals, Snapshot, StatementTotals
 
 # What a person can choose ---------------------------------------------------------------------------------
 
@@ -399,11 +399,17 @@ def _leaks(now: Snapshot) -> Section:
             Text(row.holder),
             Text(duration(row.held)),
             Text(row.kind),
-            Text("returned" if row.returned else "out"),
+            Text(_now(row)),
         )
         for row in now.leaks
     ]
     return Section(columns, rows)
+
+
+def _now(leak: Leak) -> str:
+    if not leak.returned:
+        return "out"
+    return "reclaimed" if leak.kind == DROPPED else "returned"
 
 
 def _routes(now: Snapshot, order: Order) -> Section:
