@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -32,6 +33,12 @@ def test_every_default_has_its_reason_in_the_docstring() -> None:
     assert Settings.__doc__ is not None
     for name in KINDS:
         assert re.search(rf"``{name}`` = .{{3,}}|``{name}=\"pgbouncer\"`` \(None\)", Settings.__doc__), name
+
+
+def test_every_setting_is_where_people_look_for_it() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "settings.md").read_text(encoding="utf-8")
+    rows = "\n".join(line.partition(" | ")[0] for line in page.splitlines() if line.startswith("| "))
+    assert [name for name in KINDS if f"`{name}`" not in rows] == []
 
 
 def test_what_an_editor_knows_is_what_there_is() -> None:

@@ -35,7 +35,7 @@ from stanch.cli.top.screen import Choice, Glyphs, View, full_screen
 from stanch.cli.top.state import State
 from stanch.fastapi import SessionDep, install
 from stanch.ledger import Stats
-from tests.support.fake_feed import HOLDING, ROUTE, STATEMENT, FakeFeed, happening, message, snapshot
+from tests.support.fake_feed import HOLDING, LEAK, ROUTE, STATEMENT, FakeFeed, happening, message, snapshot
 from tests.support.terminal import BACK_AGAIN, CURSOR, OTHER_SCREEN, Terminal
 from tests.support.uvicorn_server import serve
 
@@ -215,7 +215,8 @@ def test_the_picture_has_exactly_the_lines_of_the_terminal(view: View, width: in
     state = State()
     wide = HOLDING.but(holder="GET /" + "漢字" * 60, place="x" * 200)
     long = STATEMENT.but(shape="SELECT " + ", ".join(f"column_{n}" for n in range(99)))
-    told = message(snapshot(holders=(wide,) * 30, statements=(long,) * 7))
+    ends = {"served": 0, "timeout": 7, "refused": 7, "cancelled": 0}
+    told = message(snapshot(holders=(wide,) * 30, statements=(long,) * 7, wait_ends=ends))
     state.take(read_message(json.loads(json.dumps(told))))
     for height in range(1, 40):
         console = Console(
@@ -323,8 +324,23 @@ async def test_once_prints_all_databases_as_plain_text_and_ends(fed: Fed) -> Non
         "SELECT * FROM orders",
     ):
         assert word in done.out
-    assert "uncommitted writes" in done.out
+    assert done.out.count("uncommitted writes") == 1, "an event of one database is none of the other"
     assert "\x1b" not in done.out
+
+
+async def test_what_became_of_a_leak_is_told(fed: Fed) -> None:
+    leaks = [LEAK, LEAK.but(returned=True), LEAK.but(returned=True, kind="dropped unclosed")]
+    fed.feed.tell(message(snapshot(leaks=tuple(leaks), holders=())))
+    lines = (await top(fed.page, "--once")).out.splitlines()
+    assert [line.split()[-1] for line in lines if "exports.py" in line] == ["out", "returned", "reclaimed"]
+
+
+async def test_who_was_not_served_is_told(fed: Fed) -> None:
+    ends = {"served": 8, "timeout": 1, "refused": 3, "cancelled": 2}
+    fed.feed.tell(message(snapshot(wait_ends=ends), snapshot("billing")))
+    done = await top(fed.page, "--once")
+    assert done.out.count("not served") == 1, "where everybody was served there is nothing to tell"
+    assert "not served  3 refused, 1 timed out, since the start\n" in done.out
 
 
 async def test_json_prints_what_the_feed_said(fed: Fed) -> None:
@@ -655,6 +671,8 @@ def test_what_lacks_something_or_has_it_of_another_kind_is_unreadable() -> None:
         without("databases", 0, "holders", 0, "held", value="long"),
         without("databases", 0, "stats", "idle"),
         without("databases", 0, "waits", "buckets", value=["a"]),
+        without("databases", 0, "unit_ends", value=[1]),
+        without("databases", 0, "event_counts", "WorkDropped", value="often"),
         without("samples", "main", "idle", value=[1.5]),
     ):
         with pytest.raises(Unreadable):

@@ -33,6 +33,8 @@ class Place(NamedTuple):
 
     >>> print(Place("orders.py", 12, "place_order"))
     orders.py:12 in place_order()
+    >>> print(NOWHERE)
+    ?
     """
 
     file: str
@@ -40,7 +42,7 @@ class Place(NamedTuple):
     function: str
 
     def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.line} in {self.function}()"
+        return f"{Path(self.file).name}:{self.line} in {self.function}()" if self.line else self.file
 
 
 NOWHERE: Final = Place("?", 0, "?")

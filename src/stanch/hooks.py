@@ -91,7 +91,7 @@ class Hooks(Generic[Key]):
     >>> hooks.frame(root).outcome = Outcome.COMMITTED
     >>> ended = hooks.ended(root, parent=None)
     >>> hooks.take_due()
-    [<Hook print, given at ?:0 in ?()>]
+    [<Hook print, given at ?>]
     """
 
     __slots__ = ("_due", "_frames")

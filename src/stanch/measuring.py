@@ -37,6 +37,9 @@ _SHAPES: Final = 500
 OTHERS: Final = "(others)"
 """On whose account the rest goes where more routes or statements came than are told apart."""
 
+DROPPED: Final = "dropped unclosed"
+"""The kind of a leak that nobody could have returned any more."""
+
 NO_ROUTE: Final = "(no unit)"
 """The route of what was asked of the pool outside any unit of work."""
 
@@ -140,9 +143,10 @@ class Leak(Value):
     place: str
     now_at: str
     kind: str
+    """As ``ConnectionLeaked`` tells it, or ``dropped unclosed`` if it did not come back but was reclaimed."""
     held: float
     returned: bool
-    """Whether it has come back meanwhile."""
+    """Whether its place in the pool is free again."""
 
 
 class Snapshot(Value):
@@ -327,7 +331,7 @@ class Measuring(Meter):
         elif isinstance(event, LeakReturned):
             self._mark_returned(event)
         elif isinstance(event, SessionDropped) and not self._mark_returned(event):
-            self._add_leak(event, at, now_at="", kind="dropped unclosed", returned=True)
+            self._add_leak(event, at, now_at="", kind=DROPPED, returned=True)
 
     def _add_leak(
         self,
@@ -354,7 +358,8 @@ class Measuring(Meter):
         """Mark the oldest leak of that holder and place that is still open. Whether there was one."""
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
-                self._leaks[index] = leak.but(held=event.held, returned=True)
+                kind = DROPPED if isinstance(event, SessionDropped) else leak.kind
+                self._leaks[index] = leak.but(held=event.held, returned=True, kind=kind)
                 return True
         return False
 

@@ -440,6 +440,24 @@ async def test_nothing_is_wider_than_the_screen(browser: Browser, width: int) ->
         visit.assert_calm()
 
 
+OUTSIDE = """() => [...document.querySelectorAll(".panel td")]
+    .filter((node) => {
+      const panel = node.closest(".panel"), padding = parseFloat(getComputedStyle(panel).paddingRight);
+      return node.getBoundingClientRect().right > panel.getBoundingClientRect().right - padding + 1;
+    })
+    .map((node) => node.outerHTML)"""
+
+
+@pytest.mark.parametrize("width", [360, 768, 840, 1024])
+async def test_the_figures_of_a_busy_pool_stay_in_their_panel(browser: Browser, width: int) -> None:
+    fed = lively()
+    for _ in range(20_000):
+        fed.measuring.waited(0.3, "served", None)
+    async with looking_at(browser, app_of(page_of(fed)), viewport={"width": width, "height": 800}) as visit:
+        await seen(visit, ".times td", "20,007")
+        assert await visit.page.evaluate(OUTSIDE) == []
+
+
 async def test_who_wants_no_motion_sees_none(browser: Browser) -> None:
     async with looking_at(browser, app_of(page_of(Fed())), reduced_motion="reduce") as visit:
         assert await visit.page.evaluate("document.getAnimations().length") == 0

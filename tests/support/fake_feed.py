@@ -71,6 +71,8 @@ def snapshot(database: str = "main", **numbers: Any) -> Snapshot:
         "routes": (ROUTE,),
         "statements": (STATEMENT,),
         "leaks": (LEAK,),
+        "unit_ends": {"committed": 40, "rolled back": 2, "read": 9, "unknown": 0},
+        "event_counts": {"ConnectionLeaked": 1, "WorkDropped": 0},
     }
     return Snapshot(database=database, **(defaults | numbers))
 

@@ -100,10 +100,12 @@ def read_snapshot(plain: object) -> Snapshot:
             "waits": _distribution,
             "uses": _distribution,
             "creates": _distribution,
-            "wait_ends": _counts,
+            "wait_ends": _counts("wait_ends"),
             "routes": _each(RouteTotals),
             "statements": _each(StatementTotals),
             "leaks": _each(Leak),
+            "unit_ends": _counts("unit_ends"),
+            "event_counts": _counts("event_counts"),
         },
     )
 
@@ -184,11 +186,14 @@ def _distribution(plain: object) -> Distribution:
     return Distribution(count, float(total), _integers("Distribution", _list("buckets", told.get("buckets"))))
 
 
-def _counts(plain: object) -> Mapping[str, int]:
-    told = _mapping("wait_ends", plain)
-    return {
-        clean(name): number for name, number in zip(told, _integers("wait_ends", told.values()), strict=True)
-    }
+def _counts(where: str) -> Callable[[Any], Mapping[str, int]]:
+    def read(plain: object) -> Mapping[str, int]:
+        told = _mapping(where, plain)
+        return {
+            clean(name): number for name, number in zip(told, _integers(where, told.values()), strict=True)
+        }
+
+    return read
 
 
 def _integers(where: str, numbers: Iterable[object]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stanch.cli.top.readings import NOTHING
-from stanch.measuring import BOUNDS
+from stanch.measuring import BOUNDS, DROPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from stanch.cli.top.state import State, Watched
-    from stanch.measuring import Distribution, RouteTotals, Snapshot, StatementTotals
+    from stanch.measuring import Distribution, Leak, RouteTotals, Snapshot, StatementTotals
 
 # What a person can choose ---------------------------------------------------------------------------------
 
@@ -132,7 +132,13 @@ def full_screen(
     if state.databases:
         watched = chosen(state, choice)
         times = _times(watched, width)
-        for needed, part in ((3, _counts(watched, width, glyphs)), (times.row_count, times)):
+        failed = _not_served(watched)
+        head = [
+            (3, _counts(watched, width, glyphs)),
+            *((1, line) for line in failed),
+            (times.row_count, times),
+        ]
+        for needed, part in head:
             if used + needed <= height:
                 lines.append(part)
                 used += needed
@@ -158,6 +164,7 @@ def as_text(state: State, *, title: str, width: int, glyphs: Glyphs) -> Renderab
             _header(state, choice, title, width),
             Text(),
             _counts(watched, width, glyphs),
+            *_not_served(watched),
             _times(watched, width),
         ]
         for section in _sections(state, watched, choice):
@@ -213,6 +220,20 @@ def _counts(watched: Watched, width: int, glyphs: Glyphs) -> RenderableType:
             Text(_curve(history, curve, top, glyphs.levels), style=_STYLES[name]),
         )
     return table
+
+
+def _not_served(watched: Watched) -> list[Text]:
+    """One line where somebody waited and got no connection."""
+    ends = watched.told.snapshot.wait_ends
+    words = [
+        f"{ends[end]} {told}"
+        for end, told in (("refused", "refused"), ("timeout", "timed out"))
+        if ends.get(end)
+    ]
+    if not words:
+        return []
+    line = f"not served  {', '.join(words)}, since the start"
+    return [Text(line, style=_STYLES["waiting"], no_wrap=True, overflow="ellipsis")]
 
 
 def _part(number: int, whole: int, width: int) -> int:
@@ -311,7 +332,7 @@ def _sections(state: State, watched: Watched, choice: Choice) -> list[Section]:
         View.HOLDERS: lambda: _holders(now),
         View.ROUTES: lambda: _routes(now, choice.order),
         View.STATEMENTS: lambda: _statements(now, choice.order),
-        View.EVENTS: lambda: _events(state),
+        View.EVENTS: lambda: _events(state, now.database),
     }
     if choice.view is not View.ALL:
         return [makers[choice.view]()]
@@ -378,11 +399,17 @@ def _leaks(now: Snapshot) -> Section:
             Text(row.holder),
             Text(duration(row.held)),
             Text(row.kind),
-            Text("returned" if row.returned else "out"),
+            Text(_now(row)),
         )
         for row in now.leaks
     ]
     return Section(columns, rows)
+
+
+def _now(leak: Leak) -> str:
+    if not leak.returned:
+        return "out"
+    return "reclaimed" if leak.kind == DROPPED else "returned"
 
 
 def _routes(now: Snapshot, order: Order) -> Section:
@@ -435,11 +462,12 @@ def _statements(now: Snapshot, order: Order) -> Section:
     return Section(columns, rows)
 
 
-def _events(state: State) -> Section:
+def _events(state: State, database: str) -> Section:
     columns = (Column("events"), Column("", ratio=1))
     rows = [
         (Text(clock(each.at)), Text(each.text, style=_LEVELS.get(each.level, "")))
         for each in state.happenings
+        if each.database == database
     ]
     return Section(columns, rows)
 

@@ -54,9 +54,9 @@ const leaks = new Table(find("leaks"), {
     { name: "held", label: "held", kind: "number", text: (row) => seconds(row.held), sort: (row) => row.held },
     {
       name: "returned", label: "now",
-      text: (row) => (row.returned ? "✓ came back" : "✕ not back"), sort: (row) => (row.returned ? 1 : 0),
+      text: (row) => (!row.returned ? "✕ not back" : row.kind === "dropped unclosed" ? "✓ reclaimed" : "✓ came back"), sort: (row) => (row.returned ? 1 : 0),
     },
-    { name: "now_at", label: "stood at", kind: "code", text: (row) => (row.now_at === row.kind ? "–" : row.now_at) },
+    { name: "now_at", label: "stood at", kind: "code", text: (row) => (!row.now_at || row.now_at === "its task is gone" ? "–" : row.now_at) },
   ],
 });
 
@@ -215,7 +215,7 @@ function draw() {
   tile("use", atMost(recent.uses?.p99), "the last minute");
   const { timeout, refused, cancelled, served } = database.wait_ends;
   const failed = timeout + refused;
-  tile("failed", count(failed), failed ? `${count(timeout)} late, ${count(refused)} refused` : "timeouts, refusals", failed > 0);
+  tile("failed", count(failed), failed ? `${count(timeout)} timed out, ${count(refused)} refused` : "timeouts, refusals", failed > 0);
   const out = database.leaks.filter((leak) => !leak.returned).length;
   tile("leaks", count(out), `${count(database.leaks.length)} reported`, out > 0);
 
@@ -227,7 +227,7 @@ function draw() {
   mark(find("leaks-panel"), "data-warns", out ? "" : null);
   write(find("leaks-hint"), out ? `${plural(out, "connection")} not back` : "");
   waits.draw(recent.waits, database.waits,
-    `since the start: ${count(served)} served, ${count(timeout)} timed out, ${count(refused)} refused, ${count(cancelled)} given up`);
+    `since the start: ${count(served)} served, ${count(timeout)} timed out, ${count(refused)} refused, ${count(cancelled)} cancelled`);
   uses.draw(recent.uses, database.uses,
     `${plural(database.creates.count, "connection")} opened, each in ${atMost(database.creates.p99)} (p99)`);
   poolTime = Math.max(...database.routes.map((route) => route.held), 1e-9);
