@@ -39,6 +39,7 @@ class Checkout:
     __slots__ = (
         "account",
         "place",
+        "ready_after",
         "reported",
         "running_since",
         "since",
@@ -61,6 +62,8 @@ class Checkout:
         """The unit of work that asked for it, or None outside any."""
         self.place = place
         """The nearest line of user code, where that is kept."""
+        self.ready_after = 0.0
+        """How long it took from then until the connection was in the holder's hand: to open it, or to ping it."""
         self.statements = 0
         self.sql_time = 0.0
         """Of statements that have ended; see ``running_since``."""

@@ -345,6 +345,7 @@ class Pool(SQLAlchemyPool):
     def hand_out(self, slot: Slot) -> None:
         """*slot* has its connection and goes to whoever is on the stack."""
         checkout = slot.entry = slot.ledger.checkout(slot)
+        checkout.ready_after = time.monotonic() - checkout.since
         sweep = self._sweeps.get(slot.ledger)
         if sweep is not None:
             sweep.begin()

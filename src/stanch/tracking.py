@@ -94,7 +94,8 @@ class Tracker(Untracked):
     def returned(self, checkout: Checkout, held: float) -> None:
         """It has come back after *held* seconds."""
         super().returned(checkout, held)
-        if held - checkout.sql_time >= self._idle_after and not checkout.reported:
+        idle = held - checkout.ready_after - checkout.sql_time
+        if idle >= self._idle_after and not checkout.reported:
             self._tell_idle(checkout, held)
 
     def _tell_idle(self, checkout: Checkout, held: float) -> None:
