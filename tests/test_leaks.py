@@ -405,17 +405,17 @@ async def test_what_is_looked_for_in_vain_is_looked_for_once(
 async def test_a_connection_held_without_use_is_told_once_for_its_line(
     fresh_database: FreshDatabase, driver: str
 ) -> None:
-    db, told = make(fresh_database, driver, leak_after=None, held_idle_after=0.05)
+    db, told = make(fresh_database, driver, leak_after=None, held_idle_after=0.5)
     async with db:
         for _ in range(2):
             async with db.session() as session:
                 await session.execute(ONE)
-                await asyncio.sleep(0.06)  # the holder waits for something else
+                await asyncio.sleep(0.51)  # the holder waits for something else
         async with db.session() as session:
-            await session.execute(text("SELECT pg_sleep(0.2)"))
+            await session.execute(text("SELECT pg_sleep(0.6)"))
     (idle,) = told.of(HeldIdle)
     assert re.fullmatch(r"test_leaks\.py:\d+ in test_a_connection_held\w+\(\)", idle.place)
-    assert idle.held - idle.sql_time >= 0.05
+    assert idle.held - idle.sql_time >= 0.5
     assert "release(session)" in str(idle)
 
 

@@ -158,7 +158,7 @@ async def test_the_screen_follows_the_feed(fed: Fed) -> None:
 @pytest.mark.slow
 async def test_keys_choose_database_order_and_table(fed: Fed) -> None:
     slow, many = (
-        ROUTE.but(route=route, held=held, units=units)
+        ROUTE.replaced(route=route, held=held, units=units)
         for route, held, units in (("GET /slow", 9.0, 1), ("GET /many", 1.0, 500))
     )
     other = snapshot("billing", stats=Stats(pool_size=2, max_overflow=0, in_use=1, idle=0, waiting=0))
@@ -213,8 +213,8 @@ async def test_the_picture_fits_a_window_that_is_pulled(fed: Fed) -> None:
 def test_the_picture_has_exactly_the_lines_of_the_terminal(view: View, width: int) -> None:
     """None wraps, whatever is in them: wide signs, long words, many rows."""
     state = State()
-    wide = HOLDING.but(holder="GET /" + "漢字" * 60, place="x" * 200)
-    long = STATEMENT.but(shape="SELECT " + ", ".join(f"column_{n}" for n in range(99)))
+    wide = HOLDING.replaced(holder="GET /" + "漢字" * 60, place="x" * 200)
+    long = STATEMENT.replaced(shape="SELECT " + ", ".join(f"column_{n}" for n in range(99)))
     ends = {"served": 0, "timeout": 7, "refused": 7, "cancelled": 0}
     told = message(snapshot(holders=(wide,) * 30, statements=(long,) * 7, wait_ends=ends))
     state.take(read_message(json.loads(json.dumps(told))))
@@ -256,7 +256,7 @@ async def test_a_terminal_that_knows_only_ascii_gets_ascii(fed: Fed) -> None:
 @pytest.mark.slow
 async def test_what_the_feed_says_cannot_drive_the_terminal(fed: Fed) -> None:
     """A route, a statement or an event may have come from anywhere."""
-    evil = HOLDING.but(holder="GET /\x1b]0;owned\x07\x1b[2Jx\u202e", place="[red]\x9b31m")
+    evil = HOLDING.replaced(holder="GET /\x1b]0;owned\x07\x1b[2Jx\u202e", place="[red]\x9b31m")
     fed.feed.tell(happening(1, "text \x1b[1;1Hwith \r orders"), "happening")
     fed.feed.tell(message(snapshot(holders=(evil,))))
     async with terminal(fed.page, lines=40, columns=120) as screen:
@@ -329,7 +329,7 @@ async def test_once_prints_all_databases_as_plain_text_and_ends(fed: Fed) -> Non
 
 
 async def test_what_became_of_a_leak_is_told(fed: Fed) -> None:
-    leaks = [LEAK, LEAK.but(returned=True), LEAK.but(returned=True, kind="dropped unclosed")]
+    leaks = [LEAK, LEAK.replaced(returned=True), LEAK.replaced(returned=True, kind="dropped unclosed")]
     fed.feed.tell(message(snapshot(leaks=tuple(leaks), holders=())))
     lines = (await top(fed.page, "--once")).out.splitlines()
     assert [line.split()[-1] for line in lines if "exports.py" in line] == ["out", "returned", "reclaimed"]

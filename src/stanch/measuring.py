@@ -359,7 +359,7 @@ class Measuring(Meter):
         for index, leak in enumerate(self._leaks):
             if not leak.returned and (leak.holder, leak.place) == (event.holder, event.place):
                 kind = DROPPED if isinstance(event, SessionDropped) else leak.kind
-                self._leaks[index] = leak.but(held=event.held, returned=True, kind=kind)
+                self._leaks[index] = leak.replaced(held=event.held, returned=True, kind=kind)
                 return True
         return False
 

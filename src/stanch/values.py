@@ -80,17 +80,6 @@ class Value:
         """The names of the fields, in order."""
         return cls._fields
 
-    def but(self, **changes: Any) -> Self:
-        """The same value with other fields.
-
-        >>> class Point(Value):
-        ...     x: int
-        ...     y: int = 0
-        >>> Point(1).but(y=2)
-        Point(x=1, y=2)
-        """
-        return type(self)(**{**{name: getattr(self, name) for name in self._fields}, **changes})
-
     def __setattr__(self, name: str, value: object) -> Never:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} cannot be set")
 
