@@ -93,6 +93,8 @@ class Slot(_ConnectionRecord):
         # SQLAlchemy takes the reference back before it returns the slot, and tells nobody that it was dead.
         before, self._lent = self._lent, lent
         self.dropped = lent is None and before is not None and before() is None
+        if self.dropped:
+            self._stanch_pool.collecting(self)
 
     _lent: Any = None
 
@@ -194,6 +196,8 @@ class Pool(SQLAlchemyPool):
         self._thread = ""
         self._ledger = self._new_ledger()
         self._disposed = False
+        self._collected: set[int] = set()
+        """Ids of connections that the garbage collector is returning at this moment."""
         self._of_the_parent: list[Ledger[Slot]] = []
         self._told: set[tuple[str, Place]] = set()
         self.generation = 0
@@ -225,19 +229,43 @@ class Pool(SQLAlchemyPool):
         except BaseException as error:
             self._tell_wait(caller, account, error)
             raise
-        self._tell_wait(caller, account, None)
+        try:
+            self._tell_wait(caller, account, None)
+        except BaseException:  # a meter's own: nobody would return what nobody was given
+            self._do_return_conn(slot)
+            raise
         return slot
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, Slot)
         self._drop_unless_idle(record)
-        now = record.idle_since = time.monotonic()
-        if record.entry is not None:
-            self._take_in(record, record.entry, now)
-        with self._lock:
-            kept = record.ledger.give_back(record, usable=record.dbapi_connection is not None)
+        record.idle_since = time.monotonic()
+        if record.dropped and self._is_async:
+            self._soon(record)
+        else:
+            self._book_return(record)
+
+    def _book_return(self, slot: Slot) -> None:
+        try:
+            if slot.entry is not None:
+                self._take_in(slot, slot.entry, slot.idle_since)
+        finally:  # a meter that raises costs no slot
+            with self._lock:
+                kept = slot.ledger.give_back(slot, usable=slot.dbapi_connection is not None)
         if not kept:
-            record.close()
+            slot.close()
+
+    def _soon(self, slot: Slot) -> None:
+        """Book the return of *slot* in the next turn of the loop.
+
+        The garbage collector comes in the middle of anything: of a change to the books, or of a meter or an observer
+        that holds a lock of its own.
+        """
+        try:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._book_return, slot)
+        except (AssertionError, RuntimeError):  # closed: nobody is in the middle of anything there
+            self._book_return(slot)
 
     def _invalidate(
         self,
@@ -252,7 +280,12 @@ class Pool(SQLAlchemyPool):
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         close = partial(super()._close_connection, connection, terminate=terminate)
-        if not in_greenlet():  # the garbage collector: nothing may be awaited, SQLAlchemy cuts the socket
+        if id(connection) in self._collected:
+            # The garbage collector comes in the middle of anything: nothing may be awaited, not in a greenlet either.
+            self._collected.discard(id(connection))
+            self._driver.sever(self._dialect.get_driver_connection(connection))
+            return
+        if not in_greenlet():  # nothing can be awaited, SQLAlchemy cuts the socket
             close()
             return
         self._watch.run(
@@ -416,6 +449,11 @@ class Pool(SQLAlchemyPool):
         if slot.dbapi_connection is not None:
             stop(self._driver, slot.driver_connection)
 
+    def collecting(self, slot: Slot) -> None:
+        """The garbage collector returns *slot*, and closes its connection if that can only be done by awaiting."""
+        if self._is_async and slot.dbapi_connection is not None:
+            self._collected.add(id(slot.dbapi_connection))
+
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""
         if slot.ledger.holds(slot):
@@ -491,7 +529,11 @@ class Pool(SQLAlchemyPool):
 
         def held() -> list[Checkout]:
             with self._lock:
-                return [checkout for slot, checkout in ledger.held() if slot.entry is checkout]
+                return [
+                    checkout
+                    for slot, checkout in ledger.held()
+                    if slot.entry is checkout and not slot.dropped
+                ]
 
         def kind_of(checkout: Checkout) -> Kind:
             with self._lock:
