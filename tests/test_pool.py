@@ -1026,6 +1026,34 @@ def test_a_forked_child_neither_uses_severs_nor_closes_its_parents_connections(
     os.close(writer)
 
 
+@pytest.mark.abandons_connections
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # since Python 3.12
+def test_what_a_forked_child_collects_of_its_parents_is_left_alone(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    held: list[AsyncConnection] = []
+
+    async def hold() -> int:
+        held.append(await db.engine.connect())
+        return int(await held[0].scalar(PID) or 0)
+
+    async def use_and_close() -> int:
+        pid = int(await held[0].scalar(PID) or 0)
+        await held.pop().close()
+        await db.close()
+        return pid
+
+    def child() -> None:
+        held.clear()
+        gc.collect()
+
+    with asyncio.Runner() as runner:
+        pid = runner.run(hold())
+        _by_os_fork(child)
+        assert runner.run(use_and_close()) == pid
+
+
 def test_a_pool_that_nobody_uses_any_more_is_collected(postgres: EmbeddedPostgres, driver: str) -> None:
     """What a fork must begin anew is remembered, and kept alive by nobody."""
     db: Database[Any] = Database(postgres.url(driver))

@@ -196,9 +196,8 @@ class Pool(SQLAlchemyPool):
         self._thread = ""
         self._ledger = self._new_ledger()
         self._disposed = False
-        self._collected: set[int] = set()
-        """Ids of connections that the garbage collector is returning at this moment."""
-        self._of_the_parent: list[Ledger[Slot]] = []
+        self._collected: dict[int, bool] = {}
+        """Ids of connections that the garbage collector is returning at this moment, and whether they are ours."""
         self._told: set[tuple[str, Place]] = set()
         self.generation = 0
         self.admit: Callable[[], None] = _everybody
@@ -238,6 +237,8 @@ class Pool(SQLAlchemyPool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, Slot)
+        if record.dropped and record.ledger in _of_the_parent:
+            return
         self._drop_unless_idle(record)
         record.idle_since = time.monotonic()
         if record.dropped and self._is_async:
@@ -280,10 +281,10 @@ class Pool(SQLAlchemyPool):
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         close = partial(super()._close_connection, connection, terminate=terminate)
-        if id(connection) in self._collected:
+        if (is_ours := self._collected.pop(id(connection), None)) is not None:
             # The garbage collector comes in the middle of anything: nothing may be awaited, not in a greenlet either.
-            self._collected.discard(id(connection))
-            self._driver.sever(self._dialect.get_driver_connection(connection))
+            if is_ours:
+                self._driver.sever(self._dialect.get_driver_connection(connection))
             return
         if not in_greenlet():  # nothing can be awaited, SQLAlchemy cuts the socket
             close()
@@ -451,8 +452,12 @@ class Pool(SQLAlchemyPool):
 
     def collecting(self, slot: Slot) -> None:
         """The garbage collector returns *slot*, and closes its connection if that can only be done by awaiting."""
-        if self._is_async and slot.dbapi_connection is not None:
-            self._collected.add(id(slot.dbapi_connection))
+        connection = slot.dbapi_connection
+        if self._is_async and connection is not None:
+            is_ours = slot.ledger not in _of_the_parent
+            if not is_ours:
+                _of_the_parent.append(connection)
+            self._collected[id(connection)] = is_ours
 
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""
@@ -571,7 +576,7 @@ class Pool(SQLAlchemyPool):
         """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
         # Another thread of the parent's may have held the lock; here it would never let go.
         self._lock = threading.RLock()
-        self._of_the_parent.append(self._ledger)
+        _of_the_parent.append(self._ledger)
         self._ledger, self._loop, self._sweep = self._new_ledger(), None, None
         self.generation += 1
 
@@ -853,6 +858,9 @@ def checkout_of(connection: Any) -> Checkout | None:
 def _everybody() -> None:
     """Nothing speaks against a checkout."""
 
+
+_of_the_parent: Final[list[object]] = []
+"""What a forked child keeps for ever: collected, it would be closed, and the sockets are its parent's."""
 
 _pools: Final[WeakSet[Pool]] = WeakSet()
 """Those that a forked child begins anew; one that nobody uses any more is no concern of it."""
