@@ -28,7 +28,7 @@ from sqlalchemy.pool.base import ResetStyle, _ConnectionRecord
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from stanch.accounts import paying
+from stanch.accounts import is_owed, paying
 from stanch.admission import QueueTime
 from stanch.blame import lines_of, remedies_for
 from stanch.callers import current_loop, current_task
@@ -146,7 +146,7 @@ class Pool(SQLAlchemyPool):
     ``PoolExhausted``. A waiter that is cancelled gives its place back; a connection that is mid-operation or
     mid-transaction when it is returned is severed, never reused. Who would have to wait too long is refused early
     (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``), unless his unit of work has had a
-    connection already, or his task holds one.
+    connection already, his task holds one, or it runs a callback of a commit.
 
     Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
     open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
@@ -635,7 +635,7 @@ class Pool(SQLAlchemyPool):
     def _caller(
         self, task: asyncio.Task[object] | None, account: Account | None, *, holds_another: bool = False
     ) -> _Caller:
-        has_begun = holds_another or (account is not None and account.held > 0)
+        has_begun = holds_another or is_owed.get() or (account is not None and account.held > 0)
         return _Caller(task, self._turn(), self._settings.pool_timeout, has_begun=has_begun)
 
     def _tell_wait(
