@@ -562,7 +562,7 @@ async def test_the_garbage_collector_comes_in_the_middle_of_a_hand_over_and_the_
     fresh_database: FreshDatabase, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the thread that holds the lock: there may then be no waiter left for what was just to be handed over."""
-    serve_next: Callable[..., None] = Ledger._serve_next
+    serve_next: Callable[..., None] = Ledger[Any]._serve_next
     garbage: list[AsyncConnection] = []
 
     def collect_first(ledger: Ledger[Any], *arguments: Any, **keywords: Any) -> None:
