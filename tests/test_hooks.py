@@ -525,7 +525,8 @@ async def test_a_callback_that_is_too_slow_in_a_unit_of_its_own_leaves_nothing(n
     async with asyncio.timeout(4), numbers.db.transaction() as session:
         on_commit(session, write)
     assert await numbers.stored() == []
-    assert numbers.kinds == ["HookFailed"]
+    # Its statement may also be long enough to be told as slow.
+    assert [kind for kind in numbers.kinds if kind != "SlowStatement"] == ["HookFailed"]
     await numbers.assert_clean()
 
 
@@ -615,6 +616,35 @@ async def _unit(numbers: Numbers, diary: Diary, name: str) -> AsyncGenerator[Asy
     async with numbers.db.transaction() as session:
         on_commit(session, diary.look, name)
         yield session
+
+
+async def test_a_callback_is_not_refused_a_connection_because_others_wait(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """What it follows from is stored, and nobody could try it again."""
+    done: list[int] = []
+    async with Database(fresh_database.url(driver), pool_size=1, max_overflow=0, max_waiting=1) as db:
+
+        async def use(go_on: asyncio.Event) -> None:
+            async with db.session() as session:
+                await session.execute(text("SELECT 1"))
+                await go_on.wait()
+
+        async def follow_up() -> None:
+            go_on = asyncio.Event()
+            async with asyncio.TaskGroup() as group:
+                for figure in ("in_use", "waiting"):
+                    group.create_task(use(go_on))
+                    while not getattr(db.stats(), figure):  # noqa: ASYNC110  # no event tells of it
+                        await asyncio.sleep(0)
+                asyncio.get_running_loop().call_later(0.05, go_on.set)
+                async with db.transaction() as session:
+                    done.append(await session.scalar(text("SELECT 42")) or 0)
+
+        async with db.transaction() as session:
+            await session.execute(text("SELECT 1"))
+            on_commit(session, follow_up)
+    assert done == [42]
 
 
 async def test_a_callback_is_awaited_before_the_block_that_committed_goes_on(

@@ -1,5 +1,7 @@
 """The pool on a real PostgreSQL: fair, bounded, honest about what it holds, and never handing on what is not idle."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import asyncio
@@ -38,6 +40,8 @@ from stanch import (
 )
 from stanch.embedded import EmbeddedPostgres
 from stanch.events import ConnectionSevered, Event
+from stanch.ledger import Ledger
+from stanch.meters import Meter
 from stanch.pool import Pool
 from stanch.sqlstate import Kind
 from tests.support import cleaned
@@ -46,6 +50,8 @@ from tests.support.proxy import FaultProxy, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
+
+    from stanch.ledger import Checkout
 
 pytestmark = pytest.mark.anyio
 
@@ -551,6 +557,102 @@ async def test_unclosed_connection_collected_on_another_thread_wakes_the_waiter(
 # dispose() --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.abandons_connections
+async def test_the_garbage_collector_comes_in_the_middle_of_a_hand_over_and_the_books_agree(
+    fresh_database: FreshDatabase, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the thread that holds the lock: there may then be no waiter left for what was just to be handed over."""
+    serve_next: Callable[..., None] = Ledger[Any]._serve_next
+    garbage: list[AsyncConnection] = []
+
+    def collect_first(ledger: Ledger[Any], *arguments: Any, **keywords: Any) -> None:
+        garbage.clear()
+        gc.collect()
+        serve_next(ledger, *arguments, **keywords)
+
+    async with make(fresh_database, driver) as db:
+        kept = await db.engine.connect()
+        garbage.append(await db.engine.connect())
+        waiter = asyncio.create_task(pid_of(db))
+        await until_true(lambda: db.stats().waiting == 1)
+        monkeypatch.setattr(Ledger, "_serve_next", collect_first)
+        await kept.close()
+        pid = await waiter
+        await until_true(lambda: db.stats().in_use == 0)
+        assert (db.stats().idle, db.stats().waiting) == (1, 0)
+        await until(
+            fresh_database,
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+            " AND pid <> pg_backend_pid() HAVING array_agg(pid) = ARRAY[$1::int]",
+            pid,
+        )
+
+
+@pytest.mark.abandons_connections
+async def test_what_the_garbage_collector_returns_in_a_greenlet_is_not_waited_for(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """Nearly all code of SQLAlchemy's runs in one, and none of it expects that others run in the middle of it."""
+    others: list[bool] = []
+    async with make(fresh_database, driver) as db:
+        garbage = [await db.engine.connect()]
+        pid = int(await garbage[0].scalar(PID) or 0)
+
+        def collect() -> None:
+            asyncio.get_running_loop().call_soon(others.append, True)
+            garbage.clear()
+            gc.collect()
+            assert not others, "others ran while it was returned"
+
+        await greenlet_spawn(collect)
+        await until_true(lambda: db.stats().in_use == 0)
+        await gone(fresh_database, pid)
+
+
+@pytest.mark.abandons_connections
+async def test_no_meter_is_told_of_a_return_in_the_middle_of_what_it_does(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    """What a meter tells may be kept under a lock of its own, as OpenTelemetry does."""
+    garbage: list[AsyncConnection] = []
+    lock = threading.Lock()
+    told: list[bool] = []
+
+    class Collecting(Meter):
+        def taken(self, checkout: Checkout) -> None:
+            with lock:
+                garbage.clear()
+                gc.collect()
+
+        def returned(self, checkout: Checkout, held: float) -> None:
+            told.append(lock.locked())
+
+    async with make(fresh_database, driver) as db:
+        garbage.append(await db.engine.connect())
+        db.meter(Collecting())
+        await pid_of(db)
+        await until_true(lambda: len(told) == 2)
+        assert told == [False, False]
+
+
+@pytest.mark.parametrize("step", ["opened", "waited", "taken", "returned"])
+async def test_a_meter_that_raises_costs_no_slot(
+    fresh_database: FreshDatabase, driver: str, step: str
+) -> None:
+    def fail(*_facts: object) -> None:
+        raise RuntimeError("no meter should")
+
+    async with make(fresh_database, driver, pool_size=1) as db:
+        await db.engine.dispose()
+        meter = type("Failing", (Meter,), {step: fail})()
+        take_off = db.meter(meter)
+        with pytest.raises(RuntimeError, match="no meter should"):
+            await pid_of(db)
+        take_off()
+        assert db.stats().in_use == 0
+        assert await pid_of(db)
+
+
 async def test_dispose_while_some_are_out_and_some_wait(fresh_database: FreshDatabase, driver: str) -> None:
     async with make(fresh_database, driver, pool_size=2, pool_timeout=10) as db:
         async with db.connect() as one, db.connect() as two:
@@ -688,6 +790,29 @@ def test_second_living_loop_is_refused_by_name_and_may_go_on_once_the_first_is_c
 
 
 @pytest.mark.abandons_connections
+def test_what_a_closed_loop_has_left_can_be_closed_in_another_although_somebody_waited_for_it(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    left: list[Any] = []
+
+    async def leave() -> None:
+        left.append(await db.engine.connect())
+        left.append(asyncio.ensure_future(pid_of(db)))
+        await until_true(lambda: db.stats().waiting == 1)
+
+    async def close() -> None:
+        await pid_of(db)
+        await left[0].close()
+        await db.close()
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    left[1]._log_destroy_pending = False
+    asyncio.run(close())
+
+
 def test_loop_that_left_nothing_open_is_not_in_the_way_of_another(
     postgres: EmbeddedPostgres, driver: str
 ) -> None:
@@ -899,6 +1024,34 @@ def test_a_forked_child_neither_uses_severs_nor_closes_its_parents_connections(
     assert _gone_from(postgres, pid)
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.abandons_connections
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # since Python 3.12
+def test_what_a_forked_child_collects_of_its_parents_is_left_alone(
+    postgres: EmbeddedPostgres, driver: str
+) -> None:
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    held: list[AsyncConnection] = []
+
+    async def hold() -> int:
+        held.append(await db.engine.connect())
+        return int(await held[0].scalar(PID) or 0)
+
+    async def use_and_close() -> int:
+        pid = int(await held[0].scalar(PID) or 0)
+        await held.pop().close()
+        await db.close()
+        return pid
+
+    def child() -> None:
+        held.clear()
+        gc.collect()
+
+    with asyncio.Runner() as runner:
+        pid = runner.run(hold())
+        _by_os_fork(child)
+        assert runner.run(use_and_close()) == pid
 
 
 def test_a_pool_that_nobody_uses_any_more_is_collected(postgres: EmbeddedPostgres, driver: str) -> None:

@@ -66,3 +66,7 @@ class Account:
 
 paying: Final[ContextVar[Account | None]] = ContextVar("stanch account", default=None)
 """On whose account the pool is asked for a connection now; set by the session around each checkout."""
+
+
+is_owed: Final[ContextVar[bool]] = ContextVar("stanch owed", default=False)
+"""Whether what is done now is owed to a commit that has happened: refused, nobody could try it again."""

@@ -11,6 +11,7 @@ import inspect
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from stanch.accounts import is_owed
 from stanch.deadlines import only_under
 from stanch.events import HookFailed
 
@@ -161,10 +162,14 @@ class Runner:
 
     async def run(self, hooks: Sequence[Hook], *, holder: str) -> None:
         """Run *hooks* in order. Nobody else's deadline is in force in them: the work they wait for is done."""
-        with only_under(None):
-            for hook in hooks:
-                if self.instead is None or not self.instead(hook):
-                    await self._run(hook, holder)
+        token = is_owed.set(True)
+        try:
+            with only_under(None):
+                for hook in hooks:
+                    if self.instead is None or not self.instead(hook):
+                        await self._run(hook, holder)
+        finally:
+            is_owed.reset(token)
 
     async def _run(self, hook: Hook, holder: str) -> None:
         # In a task that may be cancelled. Ours may not: no operation in it is kept from being cut short.

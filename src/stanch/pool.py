@@ -28,7 +28,7 @@ from sqlalchemy.pool.base import ResetStyle, _ConnectionRecord
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
-from stanch.accounts import paying
+from stanch.accounts import is_owed, paying
 from stanch.admission import QueueTime
 from stanch.callers import current_loop, current_task
 from stanch.deadlines import in_force, to_tidy_up, whose, within
@@ -92,6 +92,8 @@ class Slot(_ConnectionRecord):
         # SQLAlchemy takes the reference back before it returns the slot, and tells nobody that it was dead.
         before, self._lent = self._lent, lent
         self.dropped = lent is None and before is not None and before() is None
+        if self.dropped:
+            self._stanch_pool.collecting(self)
 
     _lent: Any = None
 
@@ -143,7 +145,7 @@ class Pool(SQLAlchemyPool):
     ``PoolExhausted``. A waiter that is cancelled gives its place back; a connection that is mid-operation or
     mid-transaction when it is returned is severed, never reused. Who would have to wait too long is refused early
     (``PoolOverloaded``; see ``max_waiting`` and ``queue_target`` of ``Settings``), unless his unit of work has had a
-    connection already, or his task holds one.
+    connection already, his task holds one, or it runs a callback of a commit.
 
     Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
     open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
@@ -193,7 +195,8 @@ class Pool(SQLAlchemyPool):
         self._thread = ""
         self._ledger = self._new_ledger()
         self._disposed = False
-        self._of_the_parent: list[Ledger[Slot]] = []
+        self._collected: dict[int, bool] = {}
+        """Ids of connections that the garbage collector is returning at this moment, and whether they are ours."""
         self._told: set[tuple[str, Place]] = set()
         self.generation = 0
         self.admit: Callable[[], None] = _everybody
@@ -224,19 +227,45 @@ class Pool(SQLAlchemyPool):
         except BaseException as error:
             self._tell_wait(caller, account, error)
             raise
-        self._tell_wait(caller, account, None)
+        try:
+            self._tell_wait(caller, account, None)
+        except BaseException:  # a meter's own: nobody would return what nobody was given
+            self._do_return_conn(slot)
+            raise
         return slot
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         assert isinstance(record, Slot)
+        if record.dropped and record.ledger in _of_the_parent:
+            return
         self._drop_unless_idle(record)
-        now = record.idle_since = time.monotonic()
-        if record.entry is not None:
-            self._take_in(record, record.entry, now)
-        with self._lock:
-            kept = record.ledger.give_back(record, usable=record.dbapi_connection is not None)
+        record.idle_since = time.monotonic()
+        if record.dropped and self._is_async:
+            self._soon(record)
+        else:
+            self._book_return(record)
+
+    def _book_return(self, slot: Slot) -> None:
+        try:
+            if slot.entry is not None:
+                self._take_in(slot, slot.entry, slot.idle_since)
+        finally:  # a meter that raises costs no slot
+            with self._lock:
+                kept = slot.ledger.give_back(slot, usable=slot.dbapi_connection is not None)
         if not kept:
-            record.close()
+            slot.close()
+
+    def _soon(self, slot: Slot) -> None:
+        """Book the return of *slot* in the next turn of the loop.
+
+        The garbage collector comes in the middle of anything: of a change to the books, or of a meter or an observer
+        that holds a lock of its own.
+        """
+        try:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._book_return, slot)
+        except (AssertionError, RuntimeError):  # closed: nobody is in the middle of anything there
+            self._book_return(slot)
 
     def _invalidate(
         self,
@@ -251,7 +280,12 @@ class Pool(SQLAlchemyPool):
 
     def _close_connection(self, connection: DBAPIConnection, *, terminate: bool = False) -> None:
         close = partial(super()._close_connection, connection, terminate=terminate)
-        if not in_greenlet():  # the garbage collector: nothing may be awaited, SQLAlchemy cuts the socket
+        if (is_ours := self._collected.pop(id(connection), None)) is not None:
+            # The garbage collector comes in the middle of anything: nothing may be awaited, not in a greenlet either.
+            if is_ours:
+                self._driver.sever(self._dialect.get_driver_connection(connection))
+            return
+        if not in_greenlet():  # nothing can be awaited, SQLAlchemy cuts the socket
             close()
             return
         self._watch.run(
@@ -415,6 +449,15 @@ class Pool(SQLAlchemyPool):
         if slot.dbapi_connection is not None:
             stop(self._driver, slot.driver_connection)
 
+    def collecting(self, slot: Slot) -> None:
+        """The garbage collector returns *slot*, and closes its connection if that can only be done by awaiting."""
+        connection = slot.dbapi_connection
+        if self._is_async and connection is not None:
+            is_ours = slot.ledger not in _of_the_parent
+            if not is_ours:
+                _of_the_parent.append(connection)
+            self._collected[id(connection)] = is_ours
+
     def reclaim(self, slot: Slot) -> None:
         """Take back a slot whose return failed before it reached the books; nothing is known of its connection."""
         if slot.ledger.holds(slot):
@@ -490,7 +533,11 @@ class Pool(SQLAlchemyPool):
 
         def held() -> list[Checkout]:
             with self._lock:
-                return [checkout for slot, checkout in ledger.held() if slot.entry is checkout]
+                return [
+                    checkout
+                    for slot, checkout in ledger.held()
+                    if slot.entry is checkout and not slot.dropped
+                ]
 
         def kind_of(checkout: Checkout) -> Kind:
             with self._lock:
@@ -528,7 +575,7 @@ class Pool(SQLAlchemyPool):
         """In a forked child: what is on the books is the parent's, and must be neither used, closed nor collected."""
         # Another thread of the parent's may have held the lock; here it would never let go.
         self._lock = threading.RLock()
-        self._of_the_parent.append(self._ledger)
+        _of_the_parent.append(self._ledger)
         self._ledger, self._loop, self._sweep = self._new_ledger(), None, None
         self.generation += 1
 
@@ -587,7 +634,7 @@ class Pool(SQLAlchemyPool):
     def _caller(
         self, task: asyncio.Task[object] | None, account: Account | None, *, holds_another: bool = False
     ) -> _Caller:
-        has_begun = holds_another or (account is not None and account.held > 0)
+        has_begun = holds_another or is_owed.get() or (account is not None and account.held > 0)
         return _Caller(task, self._turn(), self._settings.pool_timeout, has_begun=has_begun)
 
     def _tell_wait(
@@ -814,6 +861,9 @@ def checkout_of(connection: Any) -> Checkout | None:
 def _everybody() -> None:
     """Nothing speaks against a checkout."""
 
+
+_of_the_parent: Final[list[object]] = []
+"""What a forked child keeps for ever: collected, it would be closed, and the sockets are its parent's."""
 
 _pools: Final[WeakSet[Pool]] = WeakSet()
 """Those that a forked child begins anew; one that nobody uses any more is no concern of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import Protocol
 
 from sqlalchemy.util import await_only
@@ -42,7 +43,8 @@ class LoopTurn(Turn):
         if current_loop() is self._loop:
             self._ring()
         else:  # the garbage collector on another thread, where a future of this loop must not be touched
-            self._loop.call_soon_threadsafe(self._ring)
+            with suppress(RuntimeError):  # it is closed: nobody waits there any more
+                self._loop.call_soon_threadsafe(self._ring)
 
     def wait(self, timeout: float) -> None:
         """See `Turn`."""
