@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -240,25 +241,26 @@ def _instruments(
     dashboard: str | None,
     dashboard_access: Access | None,
 ) -> list[BaseRoute]:
-    routes: list[BaseRoute] = []
+    routes: list[BaseRoute] = [route for route in app.router.routes if isinstance(route, _Instrument)]
+    known = len(routes)
     if health is not None:
         from stanch.health import HealthApp  # noqa: PLC0415  # for those who ask
 
-        routes += _at("health", health, HealthApp(databases, timeout=health_timeout))
+        routes += _at("health", health, HealthApp(databases, timeout=health_timeout), routes)
     if metrics is not None:
-        routes += _at("metrics", metrics, _metrics_app(databases))
+        routes += _at("metrics", metrics, _metrics_app(databases), routes)
     if dashboard is not None:
         from stanch.dashboard import DashboardApp  # noqa: PLC0415  # for those who ask
 
         page = DashboardApp(databases, access=dashboard_access)
-        routes += _at("dashboard", dashboard, page)
+        routes += _at("dashboard", dashboard, page, routes)
         _wrap_lifespan_with(app, page.lifespan)
     elif dashboard_access is not None:
         raise ConfigError(
             "install: dashboard_access lets people in, but there is no dashboard",
             remedies=['Write dashboard="/_stanch" as well.'],
         )
-    return routes
+    return routes[known:]
 
 
 def _metrics_app(databases: Sequence[Database[Any]]) -> ASGIApp:
@@ -274,14 +276,26 @@ def _metrics_app(databases: Sequence[Database[Any]]) -> ASGIApp:
     return MetricsApp(databases)
 
 
-def _at(setting: str, path: str, endpoint: ASGIApp) -> list[BaseRoute]:
+class _Instrument(Route):
+    """Where health, metrics or the page are."""
+
+
+def _at(setting: str, path: str, endpoint: ASGIApp, ours: Sequence[BaseRoute]) -> list[BaseRoute]:
     """Answers at *path* and below it, before any route of the app, and outside its documentation."""
-    if not path.startswith("/") or path.endswith("/"):
+    if re.fullmatch(r"(/[^/{}?#\s]+)+", path) is None:
         raise ConfigError(
-            f"install: {setting} must be a path that begins with a slash and does not end with one",
+            f"install: {setting} must be a path that begins with a slash and does not end with one, without {{}}?#",
             remedies=[f'Write {setting}="/{setting}".'],
         )
-    return [Route(where, endpoint, include_in_schema=False) for where in (path, path + "/{rest:path}")]
+    for other in (route.path for route in ours if isinstance(route, _Instrument)):
+        if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/"):
+            raise ConfigError(
+                f"install: {setting} at {path} and what is at {other.partition('/{')[0]} would hide each other",
+                remedies=[
+                    "Give each a path of its own. One of each is enough: it shows the databases of later installs, too."
+                ],
+            )
+    return [_Instrument(where, endpoint, include_in_schema=False) for where in (path, path + "/{rest:path}")]
 
 
 def _installed_middleware(app: Starlette) -> Middleware | None:
