@@ -18,6 +18,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_lat
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from sqlalchemy import text
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 
 from stanch import Database, measuring
@@ -303,6 +305,16 @@ async def test_only_get_and_only_the_path_itself() -> None:
         refused = await client.post("/metrics")
         assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
         assert (await client.get("/metrics/anything")).status_code == 404
+
+
+async def test_what_is_compressed_once_is_not_compressed_again() -> None:
+    """Names of headers are in lower case, as ASGI has them and GZipMiddleware looks for them."""
+    metrics = MetricsApp([Measured()])  # type: ignore[list-item]  # as far as it is used
+    app = Starlette(routes=[Route("/metrics", metrics)], middleware=[Middleware(GZipMiddleware)])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
+        reply = await client.get("/metrics", headers={"accept-encoding": "gzip"})
+        assert reply.headers.get_list("content-encoding", split_commas=True) == ["gzip"]
+        assert "db_client_connection_count" in reply.text
 
 
 # Installed --------------------------------------------------------------------------------------------------
