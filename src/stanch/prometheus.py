@@ -170,7 +170,7 @@ class _Scrape:
         )
         yield self._counter(
             "stanch_waits",
-            "Waits for a connection by their end: served, timeout, refused (early), cancelled.",
+            "Waits for a connection by their end: served, timeout, refused (early), unavailable, cancelled.",
             lambda each: [((end,), count) for end, count in each.wait_ends.items()],
             "end",
         )

@@ -114,20 +114,21 @@ def test_every_wait_and_its_end_is_told() -> None:
         (0.3, "served"),
         (5.0, "timeout"),
         (0.0, "refused"),
+        (1.0, "unavailable"),
         (70.0, "cancelled"),
     ):
         measured.measuring.waited(seconds, end, None)  # type: ignore[arg-type]  # they are literals
     told = exposed(measured)
     assert told[of_main("db_client_connection_timeouts_total")] == 1
-    ends = {"served": 2, "timeout": 1, "refused": 1, "cancelled": 1}
+    ends = {"served": 2, "timeout": 1, "refused": 1, "unavailable": 1, "cancelled": 1}
     assert {end: told[of_main("stanch_waits_total", end=end)] for end in ends} == ends
     buckets = [
         told[of_main("db_client_connection_wait_time_seconds_bucket", le=str(bound))] for bound in BOUNDS
     ]
-    assert buckets == [2] * 8 + [2, 3, 3, 3, 4, 4, 4, 4]
-    assert told[of_main("db_client_connection_wait_time_seconds_bucket", le="+Inf")] == 5
-    assert told[of_main("db_client_connection_wait_time_seconds_count")] == 5
-    assert told[of_main("db_client_connection_wait_time_seconds_sum")] == pytest.approx(75.3)
+    assert buckets == [2] * 8 + [2, 3, 4, 4, 5, 5, 5, 5]
+    assert told[of_main("db_client_connection_wait_time_seconds_bucket", le="+Inf")] == 6
+    assert told[of_main("db_client_connection_wait_time_seconds_count")] == 6
+    assert told[of_main("db_client_connection_wait_time_seconds_sum")] == pytest.approx(76.3)
 
 
 def test_uses_and_creates_are_told_in_seconds() -> None:
