@@ -40,6 +40,12 @@ _INTERNAL_ERROR: Final = 1011
 """RFC 6455 section 7.4.1: the server met a condition that kept it from fulfilling the request."""
 
 
+_METHODS: Final = frozenset(
+    "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY WEBSOCKET".split()  # noqa: SIM905  # as words
+)
+"""Those that are told apart: RFC 9110 section 9, RFC 5789, and what is no method."""
+
+
 # Installing -----------------------------------------------------------------------------------------------
 
 
@@ -192,7 +198,9 @@ async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSess
 
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
-    return f"{scope.get('method', 'WEBSOCKET')} {template_of(scope, routes_around(scope))}"
+    method = scope.get("method", "WEBSOCKET")
+    # Of any word a client sends as its method a route for all methods would else make a holder, and a time series.
+    return f"{method if method in _METHODS else 'OTHER'} {template_of(scope, routes_around(scope))}"
 
 
 # Replies --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from stanch.fastapi import SessionDep, install
 from stanch.starlette import install as install_starlette, session_of
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 SECRET = "5ecre7"
 
@@ -124,3 +124,15 @@ def test_a_mount_in_an_included_router_is_named_with_the_prefix() -> None:
         pytest.skip("this FastAPI includes no mounts")
     assert client(app).get("/api/alone/7").text == "GET /api/alone/{x}"
     assert client(app).get(f"/api/area/{SECRET}/plain/7").text == "GET /api/area/{y}/plain/{x}"
+
+
+def test_a_word_that_a_client_makes_up_as_its_method_names_nothing() -> None:
+    """It may be anything, a secret too, and every new one would be a route, and a time series, of its own."""
+
+    async def any_method(scope: Scope, receive: Receive, send: Send) -> None:
+        await (await plain(Request(scope, receive)))(scope, receive, send)
+
+    app = Starlette(routes=[Mount("/any", app=any_method)])
+    install_starlette(app, database(), lifespan=False)
+    for method, told_as in (("DELETE", "DELETE"), (SECRET.upper(), "OTHER")):
+        assert client(app).request(method, "/any/7").text.partition(" ")[0] == told_as
