@@ -216,7 +216,7 @@ function draw() {
   const { timeout, refused, unavailable, cancelled, served } = database.wait_ends;
   const failed = timeout + refused + unavailable;
   const why = told([timeout, "timed out"], [refused, "refused"], [unavailable, "server away"]);
-  tile("failed", count(failed), why || "everybody was", failed > 0);
+  tile("failed", count(failed), why || "timeouts, refusals", failed > 0);
   const out = database.leaks.filter((leak) => !leak.returned).length;
   tile("leaks", count(out), `${count(database.leaks.length)} reported`, out > 0);
 
