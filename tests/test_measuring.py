@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
-from stanch import Database, PoolExhausted, PoolOverloaded
+from stanch import Database, DatabaseUnavailable, PoolExhausted, PoolOverloaded
 from stanch.accounts import Account
 from stanch.callers import NOWHERE
 from stanch.events import ConnectionLeaked, ConnectionSevered
@@ -166,6 +167,26 @@ async def test_numbers_agree_with_what_was_done_under_errors_and_cancels(
     assert total("held") == pytest.approx(since(lambda shot: shot.uses.total))
     assert total("waited") == pytest.approx(since(lambda shot: shot.waits.total))
     assert 0 < total("sql_time") <= total("held")
+
+
+async def test_who_waits_for_a_server_that_is_away_has_not_run_out_of_time(driver: str) -> None:
+    """An alert on timeouts would else send somebody looking for who holds the connections: nobody does."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    db = Database(f"postgresql+{driver}://app@127.0.0.1:{port}/shop", pool_size=2, max_overflow=0)
+    measuring = db.measure()
+
+    async def ask() -> None:
+        with pytest.raises(DatabaseUnavailable):
+            async with db.session() as session:
+                await session.execute(text("SELECT 1"))
+
+    await asyncio.gather(*(ask() for _ in range(6)))
+    await db.close()
+    ends = measuring.snapshot().wait_ends
+    assert 0 < ends["unavailable"] <= 6
+    assert sum(ends.values()) == ends["unavailable"]
+    assert measuring.totals()[2] == ends["unavailable"], "they were not served"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -243,7 +243,7 @@ async def test_statements_sent_while_a_connection_is_set_up_begin_no_trace(
     assert seen.beneath("select") == "GET"
 
 
-@pytest.mark.parametrize("end", ["timeout", "refused", "cancelled"])
+@pytest.mark.parametrize("end", ["timeout", "refused", "unavailable", "cancelled"])
 async def test_a_wait_that_got_no_connection_is_an_error(hand: Hand, seen: Observatory, end: Any) -> None:
     account = hand.unit()
     hand.meter.waited(0.5, end, account)

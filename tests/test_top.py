@@ -336,11 +336,11 @@ async def test_what_became_of_a_leak_is_told(fed: Fed) -> None:
 
 
 async def test_who_was_not_served_is_told(fed: Fed) -> None:
-    ends = {"served": 8, "timeout": 1, "refused": 3, "cancelled": 2}
+    ends = {"served": 8, "timeout": 1, "refused": 3, "unavailable": 5, "cancelled": 2}
     fed.feed.tell(message(snapshot(wait_ends=ends), snapshot("billing")))
     done = await top(fed.page, "--once")
     assert done.out.count("not served") == 1, "where everybody was served there is nothing to tell"
-    assert "not served  3 refused, 1 timed out, since the start\n" in done.out
+    assert "not served  1 timed out, 3 refused, 5 server away, since the start\n" in done.out
 
 
 async def test_json_prints_what_the_feed_said(fed: Fed) -> None:

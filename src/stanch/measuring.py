@@ -11,11 +11,11 @@ import os
 import time
 from bisect import bisect_left
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from stanch.events import ConnectionLeaked, Event, LeakReturned, SessionDropped
 from stanch.ledger import Stats
-from stanch.meters import Meter
+from stanch.meters import Meter, WaitEnd
 from stanch.sqltext import shape_of
 from stanch.values import Value
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stanch.accounts import Account
     from stanch.callers import Place
     from stanch.ledger import Checkout
-    from stanch.meters import UnitEnd, WaitEnd
+    from stanch.meters import UnitEnd
 
 BOUNDS: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -167,7 +167,7 @@ class Snapshot(Value):
     creates: Distribution
     """How long opening a connection took."""
     wait_ends: Mapping[str, int]
-    """How many waits were served, timed out, refused, cancelled."""
+    """How many waits ended how: see ``stanch.meters.WaitEnd``."""
     routes: tuple[RouteTotals, ...]
     """Those that held connections for longest first."""
     statements: tuple[StatementTotals, ...]
@@ -250,7 +250,7 @@ class Measuring(Meter):
         self._holders = holders
         self._started = time.time()
         self._waits, self._uses, self._creates = _Histogram(), _Histogram(), _Histogram()
-        self._wait_ends: dict[str, int] = {"served": 0, "timeout": 0, "refused": 0, "cancelled": 0}
+        self._wait_ends: dict[str, int] = dict.fromkeys(get_args(WaitEnd), 0)
         self._unit_ends: dict[str, int] = {"committed": 0, "rolled back": 0, "read": 0, "unknown": 0}
         self._event_counts: dict[str, int] = {}
         self._routes: dict[str, _Route] = {}
@@ -366,11 +366,12 @@ class Measuring(Meter):
     # Reading --------------------------------------------------------------------------------------------
 
     def totals(self) -> tuple[Distribution, Distribution, int]:
-        """How long was waited and how long used since the start, and how many waits ended in a refusal or timeout.
+        """How long was waited and how long used since the start, and how many were not served who wanted to be.
 
         Cheap enough to be asked every second.
         """
-        failed = self._wait_ends["timeout"] + self._wait_ends["refused"]
+        ends = self._wait_ends
+        failed = ends["timeout"] + ends["refused"] + ends["unavailable"]
         return self._waits.read(), self._uses.read(), failed
 
     def snapshot(self) -> Snapshot:

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from stanch.callers import Place
     from stanch.ledger import Checkout
 
-WaitEnd = Literal["served", "timeout", "refused", "cancelled"]
-"""How a wait for a connection ended; *refused* came early, by ``max_waiting`` or the queue's own time."""
+WaitEnd = Literal["served", "timeout", "refused", "unavailable", "cancelled"]
+"""How a wait for a connection ended.
+
+*refused* came early, by ``max_waiting`` or the queue's own time; *unavailable*: the server could not be reached.
+"""
 
 UnitEnd = Literal["committed", "rolled back", "read", "unknown"]
 """How a transaction ended; *read* were statements that stood alone."""

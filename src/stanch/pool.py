@@ -650,8 +650,10 @@ class Pool(SQLAlchemyPool):
                 end = "refused"
             case _ if not waited:
                 return  # it was no wait that failed
-            case PoolExhausted() | DatabaseUnavailable():
+            case PoolExhausted():
                 end = "timeout"
+            case DatabaseUnavailable():
+                end = "unavailable"
             case _:
                 end = "cancelled"
         if account is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from prometheus_client import Metric
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from stanch.database import Database
     from stanch.ledger import Stats
@@ -82,7 +82,18 @@ class MetricsApp:
         elif scope["method"] != "GET":
             await PlainTextResponse("Method Not Allowed", 405, {"allow": "GET"})(scope, receive, send)
         else:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, _in_lower_case(send))
+
+
+def _in_lower_case(send: Send) -> Send:
+    """ASGI has names of headers in lower case; ``Content-Encoding`` as it is written there GZipMiddleware overlooks."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [(name.lower(), value) for name, value in message["headers"]]
+        await send(message)
+
+    return sending
 
 
 class _Together(Collector):
@@ -159,7 +170,7 @@ class _Scrape:
         )
         yield self._counter(
             "stanch_waits",
-            "Waits for a connection by their end: served, timeout, refused (early), cancelled.",
+            "Waits for a connection by their end: served, timeout, refused (early), unavailable, cancelled.",
             lambda each: [((end,), count) for end, count in each.wait_ends.items()],
             "end",
         )

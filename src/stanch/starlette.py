@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -37,6 +38,12 @@ __all__ = ["UnitMiddleware", "add_exception_handlers", "install", "reader_of", "
 
 _INTERNAL_ERROR: Final = 1011
 """RFC 6455 section 7.4.1: the server met a condition that kept it from fulfilling the request."""
+
+
+_METHODS: Final = frozenset(
+    "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT QUERY WEBSOCKET".split()  # noqa: SIM905  # as words
+)
+"""Those that are told apart: RFC 9110 section 9, RFC 5789, and what is no method."""
 
 
 # Installing -----------------------------------------------------------------------------------------------
@@ -191,7 +198,9 @@ async def stop_reading_on_hang_up(connection: HTTPConnection, session: AsyncSess
 
 def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
-    return f"{scope.get('method', 'WEBSOCKET')} {template_of(scope, routes_around(scope))}"
+    method = scope.get("method", "WEBSOCKET")
+    # Of any word a client sends as its method a route for all methods would else make a holder, and a time series.
+    return f"{method if method in _METHODS else 'OTHER'} {template_of(scope, routes_around(scope))}"
 
 
 # Replies --------------------------------------------------------------------------------------------------
@@ -240,25 +249,26 @@ def _instruments(
     dashboard: str | None,
     dashboard_access: Access | None,
 ) -> list[BaseRoute]:
-    routes: list[BaseRoute] = []
+    routes: list[BaseRoute] = [route for route in app.router.routes if isinstance(route, _Instrument)]
+    known = len(routes)
     if health is not None:
         from stanch.health import HealthApp  # noqa: PLC0415  # for those who ask
 
-        routes += _at("health", health, HealthApp(databases, timeout=health_timeout))
+        routes += _at("health", health, HealthApp(databases, timeout=health_timeout), routes)
     if metrics is not None:
-        routes += _at("metrics", metrics, _metrics_app(databases))
+        routes += _at("metrics", metrics, _metrics_app(databases), routes)
     if dashboard is not None:
         from stanch.dashboard import DashboardApp  # noqa: PLC0415  # for those who ask
 
         page = DashboardApp(databases, access=dashboard_access)
-        routes += _at("dashboard", dashboard, page)
+        routes += _at("dashboard", dashboard, page, routes)
         _wrap_lifespan_with(app, page.lifespan)
     elif dashboard_access is not None:
         raise ConfigError(
             "install: dashboard_access lets people in, but there is no dashboard",
             remedies=['Write dashboard="/_stanch" as well.'],
         )
-    return routes
+    return routes[known:]
 
 
 def _metrics_app(databases: Sequence[Database[Any]]) -> ASGIApp:
@@ -274,14 +284,26 @@ def _metrics_app(databases: Sequence[Database[Any]]) -> ASGIApp:
     return MetricsApp(databases)
 
 
-def _at(setting: str, path: str, endpoint: ASGIApp) -> list[BaseRoute]:
+class _Instrument(Route):
+    """Where health, metrics or the page are."""
+
+
+def _at(setting: str, path: str, endpoint: ASGIApp, ours: Sequence[BaseRoute]) -> list[BaseRoute]:
     """Answers at *path* and below it, before any route of the app, and outside its documentation."""
-    if not path.startswith("/") or path.endswith("/"):
+    if re.fullmatch(r"(/[^/{}?#\s]+)+", path) is None:
         raise ConfigError(
-            f"install: {setting} must be a path that begins with a slash and does not end with one",
+            f"install: {setting} must be a path that begins with a slash and does not end with one, without {{}}?#",
             remedies=[f'Write {setting}="/{setting}".'],
         )
-    return [Route(where, endpoint, include_in_schema=False) for where in (path, path + "/{rest:path}")]
+    for other in (route.path for route in ours if isinstance(route, _Instrument)):
+        if f"{path}/".startswith(f"{other}/") or f"{other}/".startswith(f"{path}/"):
+            raise ConfigError(
+                f"install: {setting} at {path} and what is at {other.partition('/{')[0]} would hide each other",
+                remedies=[
+                    "Give each a path of its own. One of each is enough: it shows the databases of later installs, too."
+                ],
+            )
+    return [_Instrument(where, endpoint, include_in_schema=False) for where in (path, path + "/{rest:path}")]
 
 
 def _installed_middleware(app: Starlette) -> Middleware | None:

@@ -170,11 +170,14 @@ async def test_the_snapshot_is_all_of_it_as_one_document() -> None:
     async with visitor(app_of(page_of(fed))) as client:
         reply = await client.get(f"{PATH}/snapshot")
         head = await client.head(f"{PATH}/snapshot")
+        head_of_feed = await client.head(f"{PATH}/feed")
     assert reply.headers["content-type"] == "application/json"
     whole = reply.json()
     assert whole.keys() == {"worker", "databases", "samples", "happenings"}
     assert [happening["facts"] for happening in whole["happenings"]] == [{"reason": "early"}]
     assert (head.status_code, head.content) == (200, b"")
+    assert (head_of_feed.status_code, head_of_feed.content) == (200, b"")
+    assert head_of_feed.headers["content-type"].startswith("text/event-stream")
 
 
 async def test_the_last_minute_is_told_apart_from_what_was_before() -> None:

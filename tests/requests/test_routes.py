@@ -18,7 +18,7 @@ from stanch.fastapi import SessionDep, install
 from stanch.starlette import install as install_starlette, session_of
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 SECRET = "5ecre7"
 
@@ -141,3 +141,15 @@ def test_a_connection_of_a_request_is_held_by_its_route_and_taken_by_a_line_of_t
     assert told["holder"] == "GET /orders/{number}"
     assert told["place"].endswith("read()")
     assert told["place"].startswith("test_routes.py:")
+
+
+def test_a_word_that_a_client_makes_up_as_its_method_names_nothing() -> None:
+    """It may be anything, a secret too, and every new one would be a route, and a time series, of its own."""
+
+    async def any_method(scope: Scope, receive: Receive, send: Send) -> None:
+        await (await plain(Request(scope, receive)))(scope, receive, send)
+
+    app = Starlette(routes=[Mount("/any", app=any_method)])
+    install_starlette(app, database(), lifespan=False)
+    for method, told_as in (("DELETE", "DELETE"), (SECRET.upper(), "OTHER")):
+        assert client(app).request(method, "/any/7").text.partition(" ")[0] == told_as

@@ -67,7 +67,7 @@ def snapshot(database: str = "main", **numbers: Any) -> Snapshot:
         "waits": distribution(5, 0, 0, 3),
         "uses": distribution(0, 0, 0, 0, 0, 7),
         "creates": distribution(0, 0, 0, 4),
-        "wait_ends": {"served": 8, "timeout": 0, "refused": 0, "cancelled": 0},
+        "wait_ends": {"served": 8, "timeout": 0, "refused": 0, "unavailable": 0, "cancelled": 0},
         "routes": (ROUTE,),
         "statements": (STATEMENT,),
         "leaks": (LEAK,),

@@ -116,6 +116,8 @@ class DashboardApp:
             return _text(307, "", location=f"{here}/")
         if rest == "snapshot":
             return Response(self._feed.document(), 200, HEADERS, "application/json")
+        if rest == "feed":  # its head alone
+            return Response(None, 200, HEADERS, "text/event-stream")
         if rest not in _PAGE:
             return _text(404, "The page has no such part.")
         file, kind = _PAGE[rest]

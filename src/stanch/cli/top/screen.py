@@ -227,7 +227,7 @@ def _not_served(watched: Watched) -> list[Text]:
     ends = watched.told.snapshot.wait_ends
     words = [
         f"{ends[end]} {told}"
-        for end, told in (("refused", "refused"), ("timeout", "timed out"))
+        for end, told in (("timeout", "timed out"), ("refused", "refused"), ("unavailable", "server away"))
         if ends.get(end)
     ]
     if not words:

@@ -213,9 +213,10 @@ function draw() {
   tile("taken", rate(throughput(samples)), "over ten seconds");
   tile("wait", atMost(recent.waits?.p99), "the last minute", (recent.waits?.p99 ?? 0) >= 1);
   tile("use", atMost(recent.uses?.p99), "the last minute");
-  const { timeout, refused, cancelled, served } = database.wait_ends;
-  const failed = timeout + refused;
-  tile("failed", count(failed), failed ? `${count(timeout)} timed out, ${count(refused)} refused` : "timeouts, refusals", failed > 0);
+  const { timeout, refused, unavailable, cancelled, served } = database.wait_ends;
+  const failed = timeout + refused + unavailable;
+  const why = told([timeout, "timed out"], [refused, "refused"], [unavailable, "server away"]);
+  tile("failed", count(failed), why || "timeouts, refusals", failed > 0);
   const out = database.leaks.filter((leak) => !leak.returned).length;
   tile("leaks", count(out), `${count(database.leaks.length)} reported`, out > 0);
 
@@ -227,7 +228,7 @@ function draw() {
   mark(find("leaks-panel"), "data-warns", out ? "" : null);
   write(find("leaks-hint"), out ? `${plural(out, "connection")} not back` : "");
   waits.draw(recent.waits, database.waits,
-    `since the start: ${count(served)} served, ${count(timeout)} timed out, ${count(refused)} refused, ${count(cancelled)} cancelled`);
+    `since the start: ${told([served, "served"], [timeout, "timed out"], [refused, "refused"], [unavailable, "server away"], [cancelled, "cancelled"])}`);
   uses.draw(recent.uses, database.uses,
     `${plural(database.creates.count, "connection")} opened, each in ${atMost(database.creates.p99)} (p99)`);
   poolTime = Math.max(...database.routes.map((route) => route.held), 1e-9);
@@ -244,6 +245,7 @@ function poolOf({ pool_size, max_overflow, readers }) {
   return `pool of ${count(pool_size)}${overflow}${readers ? `, ${count(readers.bound)} for readers` : ""}`;
 }
 
+const told = (...ends) => ends.filter(([number]) => number).map(([number, word]) => `${count(number)} ${word}`).join(", ");
 const some = (shown, all) => (shown < all ? `the most telling ${count(shown)} of ${count(all)}, since the start` : "since the start");
 
 const drawn = new Map();
