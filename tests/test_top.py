@@ -300,7 +300,7 @@ async def test_a_real_app_is_seen_as_it_is(fresh_database: FreshDatabase) -> Non
             await screen.until(rf"GET /report/\{{number\}} +test_top\.py:{line} in .*no SQL running")
             may_end.set()
             await asking
-            await screen.until(r"in use  0 of 4 ")
+            await screen.until(r"in use  0 of 4\b")
             await screen.until(r"idle +1 ░")
             await screen.until(r"GET /report/\{number\} +1 ")
             await screen.until(r"SELECT \? +\d")
