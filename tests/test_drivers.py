@@ -392,6 +392,15 @@ async def test_a_connect_that_is_cancelled_at_any_point_leaves_no_failure_that_n
             )
 
 
+async def test_an_answer_about_tls_that_nobody_waits_for_any_more_is_let_pass() -> None:
+    ours: Any = import_module("stanch.drivers.asyncpg")
+    question = ours._TLSQuestion(asyncio.get_running_loop(), "host", 5432, None, ssl_is_advisory=True)
+    question.on_data.cancel()
+    question.data_received(b"S")
+    question.connection_lost(None)
+    assert question.on_data.cancelled()
+
+
 async def test_a_connect_that_fails_says_where_and_tells_no_secret(driver: str) -> None:
     url = f"postgresql+{driver}://hunter2user:hunter2@127.0.0.1:{NOBODY_LISTENS}/hunter2base"
     async with engine_for(url) as (engine, _):

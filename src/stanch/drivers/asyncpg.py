@@ -68,6 +68,10 @@ class _TLSQuestion(_asyncpg.connect_utils.TLSUpgradeProto):  # type: ignore[misc
 
     on_data: asyncio.Future[bool]
 
+    def data_received(self, data: bytes) -> None:
+        if not self.on_data.done():  # asyncpg before 0.32 does not ask, and fails if nobody waits any more
+            _any(super()).data_received(data)
+
     def connection_lost(self, exc: Exception | None) -> None:
         _any(super()).connection_lost(exc)
         if not self.on_data.cancelled():
