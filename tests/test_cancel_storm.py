@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from stanch import CommitUnknown, Database
 from stanch.sqlstate import sqlstate_of
 from tests.support import cleaned
-from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, until
 from tests.support.proxy import FaultProxy
 from tests.support.suspensions import watched
 
@@ -44,12 +44,7 @@ NONCE = text("SELECT CAST(:nonce AS int)")
 NAP = text("SELECT CAST(:nonce AS int) FROM pg_sleep(:nap)")
 ERROR = text("SELECT 1 / CAST(:zero AS int)")
 SERIES = text("SELECT n + CAST(:nonce AS int) FROM generate_series(1, 6) n")
-NOBODY_WORKS = """
-    SELECT 1 WHERE NOT EXISTS (
-        SELECT FROM pg_stat_activity
-        WHERE datname = current_database() AND state = 'active' AND pid <> pg_backend_pid()
-    )
-"""
+NOBODY_WORKS = f"SELECT 1 WHERE NOT EXISTS (SELECT FROM {OTHERS} AND state = 'active')"
 
 
 class Mine(Exception):

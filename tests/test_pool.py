@@ -45,7 +45,7 @@ from stanch.meters import Meter
 from stanch.pool import Pool
 from stanch.sqlstate import Kind
 from tests.support import cleaned
-from tests.support.judge import FreshDatabase, assert_nothing_left, raw_connect, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, raw_connect, until
 from tests.support.proxy import FaultProxy, Verdict
 
 if TYPE_CHECKING:
@@ -381,8 +381,7 @@ async def test_dead_idle_connections_are_replaced_without_an_error(
                 await stack.enter_async_context(db.connect())
         assert db.stats().idle == 3
         killed = await fresh_database.fetch(
-            "SELECT pg_terminate_backend(pid, 5000) AS dead, pid FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            f"SELECT pg_terminate_backend(pid, 5000) AS dead, pid FROM {OTHERS}"
         )
         assert [row["dead"] for row in killed] == [True, True, True]
         async with AsyncExitStack() as stack:

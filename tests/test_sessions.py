@@ -28,7 +28,7 @@ from stanch import (
 from stanch.events import Event, WorkDropped
 from stanch.sessions import GuardedSession, guard_of, guarded_session
 from tests.support import cleaned
-from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -531,10 +531,7 @@ async def test_error_of_the_block_is_what_comes_out(
         async with db.transaction() as session:
             session.add(Shelf(id=50))
             await session.flush()
-            await library.execute(
-                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
+            await library.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM {OTHERS}")
             raise LookupError("mine")
     assert await library.fetchval("SELECT count(*) FROM shelves WHERE id = 50") == 0
 

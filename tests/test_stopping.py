@@ -18,7 +18,7 @@ from stanch.drivers.base import DRAIN_TIMEOUT
 from stanch.fastapi import ReaderDep, install
 from tests.requests.shop import client_of
 from tests.support import cleaned
-from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, until
 from tests.support.pgbouncer import PgBouncer
 from tests.support.proxy import FaultProxy, Verdict, at_commit
 
@@ -40,18 +40,8 @@ SOON = 2.0
 SLOW = text(f"SELECT pg_sleep({LONG})")
 WRITE = text("INSERT INTO rows VALUES (1)")
 ASLEEP = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-AWAKE = """
-    SELECT 1 WHERE NOT EXISTS (
-        SELECT 1 FROM pg_stat_activity
-        WHERE datname = current_database() AND state <> 'idle' AND pid <> pg_backend_pid()
-    )
-"""
-NOBODY_ELSE = """
-    SELECT 1 WHERE NOT EXISTS (
-        SELECT 1 FROM pg_stat_activity
-        WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
-    )
-"""
+AWAKE = f"SELECT 1 WHERE NOT EXISTS (SELECT FROM {OTHERS} AND state <> 'idle')"
+NOBODY_ELSE = f"SELECT 1 WHERE NOT EXISTS (SELECT FROM {OTHERS})"
 SLOW_COMMIT = """
     CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(2); RETURN NULL; END $$;
     CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON rows

@@ -20,17 +20,16 @@ from fastapi import FastAPI
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from stanch.embedded import EmbeddedPostgres
 from stanch.embedded.processes import look_at
 from tests.support.abandoned import AbandonedConnections
-from tests.support.judge import FreshDatabase, assert_nothing_left, raw_connect, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, raw_connect, until
 from tests.support.optional import needs
 from tests.support.pgbouncer import PgBouncer
 from tests.support.uvicorn_server import StartupFailed, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-
-    from stanch.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,6 +76,30 @@ async def test_what_is_left_behind_is_found_and_named(fresh_database: FreshDatab
         with pytest.raises(AssertionError, match=complaint):
             await assert_nothing_left(fresh_database, db, timeout=0.1)
     await guest.close()
+
+
+@pytest.mark.slow
+@pytest.mark.anyio
+async def test_an_autovacuum_worker_is_nobodys_connection() -> None:
+    """It is in the database and active, as a client's statement that should have ended would be, at any moment."""
+    at_length = (
+        "autovacuum_vacuum_threshold = 0, autovacuum_vacuum_cost_delay = 20, autovacuum_vacuum_cost_limit = 1"
+    )
+    async with EmbeddedPostgres(settings={"autovacuum_naptime": "1s"}) as server:
+        database = await FreshDatabase.create(server)
+        guest = await raw_connect(database.url(None))
+        rows = "INSERT INTO t SELECT generate_series(1, 10000); DELETE FROM t"
+        # psql's: what a connection has changed is counted 10 s later, or at once when it ends
+        server.sql(f"CREATE TABLE t (n int) WITH ({at_length}); {rows}", database=database.name)
+        [seen] = await until(
+            database,
+            f"SELECT (SELECT array_agg(pid) FROM {OTHERS}) AS others FROM pg_stat_activity"  # one look at all of them
+            " WHERE datname = current_database() AND backend_type = 'autovacuum worker' AND state = 'active'",
+            timeout=20,
+        )
+        assert seen["others"] == [guest.get_server_pid()]
+        await guest.close()
+        await database.drop()
 
 
 @pytest.mark.anyio

@@ -19,7 +19,7 @@ from stanch import Database
 from stanch.embedded import EmbeddedPostgres
 from stanch.fastapi import ReaderDep, SessionDep, install, unit
 from tests.requests.shop import IS_NEW_FASTAPI, Order, Shop, call, client_of, write_order
-from tests.support.judge import FreshDatabase, assert_nothing_left, until
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, until
 from tests.support.proxy import FaultProxy, Verdict, at_commit
 
 pytestmark = pytest.mark.anyio
@@ -246,8 +246,7 @@ async def test_a_backend_that_is_killed_before_commit_stores_nothing_and_says_so
     async def place(session: SessionDep) -> dict[str, bool]:
         await write_order(session, 1)
         killed = await each_shop.judge.fetchval(
-            "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            f"SELECT count(pg_terminate_backend(pid, 5000)) FROM {OTHERS}"
         )
         assert killed == 1
         return {"ok": True}

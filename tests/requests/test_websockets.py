@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from stanch.fastapi import ReaderDep, SessionDep, install
 from tests.requests.shop import Order, Shop, User, doom, write_order
-from tests.support.judge import FreshDatabase, until
+from tests.support.judge import OTHERS, FreshDatabase, until
 from tests.support.uvicorn_server import serve
 
 if TYPE_CHECKING:
@@ -364,13 +364,6 @@ async def test_writes_left_at_the_end_of_a_socket_can_be_refused(
 
 
 async def _kill(judge: FreshDatabase) -> None:
-    killed: Any = await judge.fetchval(
-        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    )
+    killed: Any = await judge.fetchval(f"SELECT count(pg_terminate_backend(pid)) FROM {OTHERS}")
     assert killed == 1
-    await until(
-        judge,
-        "SELECT 1 WHERE NOT EXISTS (SELECT 1 FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend')",
-    )
+    await until(judge, f"SELECT 1 WHERE NOT EXISTS (SELECT FROM {OTHERS})")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.judge import FreshDatabase
+from tests.support.judge import OTHERS, FreshDatabase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,10 +24,7 @@ FORGETS_A_FUTURE = tuple(int(part) for part in version("asyncpg").split(".")[:2]
 """asyncpg then leaves a future behind when its connect is cancelled: a line in the log, and nothing else."""
 
 EMPTY = "DROP SCHEMA public CASCADE; CREATE SCHEMA public"
-SEND_AWAY = """
-    SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
-"""
+SEND_AWAY = f"SELECT pg_terminate_backend(pid, 5000) FROM {OTHERS}"
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,16 @@ asyncpg = import_module("asyncpg")  # it ships no types: what is used of it is R
 POLL_INTERVAL = 0.02
 """Seconds between two looks at the server."""
 
-ACTIVITY = """
+OTHERS = """
+    pg_stat_activity
+    WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+"""
+"""For a FROM: the connections of all others. An autovacuum worker is none, although it is in there, and active."""
+
+ACTIVITY = f"""
     SELECT pid, state, application_name, wait_event_type, wait_event, query,
            backend_start, xact_start, state_change
-    FROM pg_stat_activity
-    WHERE datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()
+    FROM {OTHERS}
     ORDER BY backend_start
 """
 
