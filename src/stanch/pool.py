@@ -706,18 +706,13 @@ class Pool(SQLAlchemyPool):
         return error
 
     def _overloaded(self, ledger: Ledger[Slot], refusal: Refusal) -> PoolOverloaded:
-        from stanch.blame import lines_of, remedies_for  # noqa: PLC0415  # only when it has come to that
-
-        now = time.monotonic()
-        with self._lock:
-            stats = ledger.stats()
-            held = [checkout for _, checkout in ledger.held()]
+        stats, holders, remedies = self._situation(ledger)
         return PoolOverloaded(
             f"refused, for others wait already (in_use {stats.in_use} of {stats.bound}, waiting {refusal.waiting},"
-            f" the first for {refusal.waited:.2f} s): {refusal.reason}{lines_of(held, now)}",
+            f" the first for {refusal.waited:.2f} s): {refusal.reason}{holders}",
             remedies=[
                 "Let the client try again later: the reply is 503 with Retry-After.",
-                *remedies_for(held, now, current_task()),
+                *remedies,
                 f"Raise {self._sized_by}, if the server has room; for work that can wait, queue_target=None.",
             ],
         )
@@ -729,29 +724,33 @@ class Pool(SQLAlchemyPool):
             self._drop(unwanted)
 
     def _exhausted(self, ledger: Ledger[Slot]) -> PoolExhausted | DatabaseUnavailable:
+        stats, holders, remedies = self._situation(ledger)
+        deadline = in_force()
+        limit = str(deadline) if deadline and deadline.has_passed else f"{self._settings.pool_timeout:.2f} s"
+        if ledger.is_opening:
+            return DatabaseUnavailable(
+                f"no connection could be opened within {limit}: the first is still on its way"
+                f" (waiting {stats.waiting}){holders}",
+                remedies=["See whether the server answers: pg_isready -h <host> -p <port>."],
+            )
+        return PoolExhausted(
+            f"no connection came free within {limit}"
+            f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){holders}",
+            remedies=[
+                *remedies,
+                f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
+            ],
+        )
+
+    def _situation(self, ledger: Ledger[Slot]) -> tuple[Stats, str, list[str]]:
+        """The counts, the longest holders in words, and what may help the caller against them."""
         from stanch.blame import lines_of, remedies_for  # noqa: PLC0415  # only when it has come to that
 
         now = time.monotonic()
         with self._lock:
             stats = ledger.stats()
             held = [checkout for _, checkout in ledger.held()]
-        deadline = in_force()
-        limit = str(deadline) if deadline and deadline.has_passed else f"{self._settings.pool_timeout:.2f} s"
-        lines = lines_of(held, now)
-        if ledger.is_opening:
-            return DatabaseUnavailable(
-                f"no connection could be opened within {limit}: the first is still on its way"
-                f" (waiting {stats.waiting}){lines}",
-                remedies=["See whether the server answers: pg_isready -h <host> -p <port>."],
-            )
-        return PoolExhausted(
-            f"no connection came free within {limit}"
-            f" (in_use {stats.in_use} of {stats.bound}, waiting {stats.waiting}){lines}",
-            remedies=[
-                *remedies_for(held, now, current_task()),
-                f"Raise {self._sized_by}, if the server has room: all workers share max_connections.",
-            ],
-        )
+        return stats, lines_of(held, now), remedies_for(held, now, current_task())
 
     # Judging --------------------------------------------------------------------------------------------
 
