@@ -499,9 +499,12 @@ def test_giving_up_costs_the_same_however_many_wait() -> None:
 
 # Outages ----------------------------------------------------------------------------------------------------
 
+SOONER = 5
+"""Attempts that come sooner than a second after the one before: 50, 100, 200, 400 and 800 ms."""
+
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_while_the_server_is_away_it_is_asked_once_a_second_and_nobody_waits_longer(warm: bool) -> None:
+def test_a_server_that_stays_away_is_asked_once_a_second_and_nobody_waits_longer(warm: bool) -> None:
     """Forty clients who come back at once after each failure; then the server is there again."""
     waits: list[float] = []
     served: list[float] = []
@@ -544,8 +547,9 @@ def test_while_the_server_is_away_it_is_asked_once_a_second_and_nobody_waits_lon
             f"attempts: {len(first)} before it was known, {len(later)} in 10 s, {len(asked) - len(during)} after"
         )
         assert len(first) <= (10 if warm else 1), "whoever had begun before it was known"
-        assert len(later) <= 10
-        assert all(two - one >= 0.999 for one, two in itertools.pairwise(later))
+        assert len(later) <= 10 + SOONER
+        gaps = [two - one for one, two in itertools.pairwise(later)]
+        assert all(gap >= min(1.0, 0.1 * 2**number) - 0.001 for number, gap in enumerate(gaps)), gaps
         assert max(waits) <= 1.0 + 2 * server.slowness + 0.01
         assert len(asked) - len(during) <= 10 + 1, (
             "when it is back, the queue is served at once, and nobody pushes"
@@ -554,6 +558,40 @@ def test_while_the_server_is_away_it_is_asked_once_a_second_and_nobody_waits_lon
         assert pool.stats().in_use == 0
 
     simulate(3, scene)
+
+
+@pytest.mark.parametrize("outage", [0.1, 0.3, 0.7])
+def test_a_server_that_is_soon_back_is_found_soon_and_fails_none_who_came_meanwhile(outage: float) -> None:
+    """As a restart is: only those are told of it whose connections it cost, and whoever is there as it is noticed."""
+    came: list[float] = []
+    served: list[float] = []
+
+    async def client(pool: Pool) -> None:
+        came.append(time.monotonic())
+        fairy: Any = await greenlet_spawn(pool.connect)
+        served.append(time.monotonic())
+        await asyncio.sleep(0.01)
+        fairy.close()
+
+    async def scene(chance: random.Random) -> None:
+        server = Server(chance)
+        pool = make_pool(server, pool_size=5, max_overflow=5)
+        server.is_away = True
+        begun = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            await client(pool)
+        asyncio.get_running_loop().call_at(begun + outage, setattr, server, "is_away", False)
+        clients: list[asyncio.Task[None]] = []
+        while time.monotonic() < begun + outage:
+            clients.append(asyncio.create_task(client(pool)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*clients)
+        assert len(clients) > 5
+        slack = SOONER * server.slowness
+        assert max(served) - begun <= 2 * outage + 0.05 + slack, "as long again as it was away, at most"
+        assert len(server.attempts) <= SOONER + 10
+
+    simulate(11, scene)
 
 
 def test_a_probe_that_hangs_keeps_nobody_longer_than_a_second() -> None:
@@ -580,6 +618,32 @@ def test_a_probe_that_hangs_keeps_nobody_longer_than_a_second() -> None:
         await probe
 
     simulate(5, scene)
+
+
+def test_callers_in_a_hurry_do_not_ask_a_silent_server_more_often() -> None:
+    """Each gives up before it is known what comes of his attempt; that it was made counts."""
+
+    async def hurried(pool: Pool) -> None:
+        with pytest.raises((TimeoutError, DatabaseUnavailable)):
+            async with asyncio.timeout(0.03):
+                await greenlet_spawn(pool.connect)
+
+    async def scene(chance: random.Random) -> None:
+        server = Server(chance)
+        pool = make_pool(server, pool_size=5, max_overflow=5)
+        server.is_away = True
+        with pytest.raises(DatabaseUnavailable):
+            await greenlet_spawn(pool.connect)
+        server.slowness = 1000.0
+        server.attempts.clear()
+        begun = time.monotonic()
+        while time.monotonic() < begun + 10:
+            await hurried(pool)
+            await asyncio.sleep(0.001)
+        print(f"{len(server.attempts)} attempts in 10 s")
+        assert 10 <= len(server.attempts) <= 10 + SOONER
+
+    simulate(13, scene)
 
 
 class NeverLooksAgain(Witness):

@@ -162,7 +162,8 @@ def test_a_server_that_is_away_is_asked_by_one_thread_and_all_are_told(
     with ThreadPoolExecutor(20) as threads:
         begun = time.monotonic()
         took = [*threads.map(ask, range(40))]
-        assert attempts <= 2 + (time.monotonic() - begun), attempts
+        soon = 5  # those after pauses of 50 to 800 ms
+        assert attempts <= 2 + soon + (time.monotonic() - begun), attempts
     assert max(took) < 3.0
 
 

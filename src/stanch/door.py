@@ -2,8 +2,9 @@
 
 While the server takes connections, whoever has room in the pool opens one. Once it has turned somebody away, one at a
 time tries, and not before a pause has passed: a thousand callers before a closed door are no help to a server that
-starts, and none of them learns more than the first has. What the others do meanwhile is the pool's business: they are
-told, if nothing is out that could come back to them, or they wait for that.
+starts, and none of them learns more than the first has. The pause is short at first, for most outages are restarts that
+are over in a moment, and grows to a second. What the others do meanwhile is the pool's business: they are told, if
+nothing is out that could come back to them, or they wait for that.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PROBE_INTERVAL: Final = 1.0
-"""Seconds between two attempts to reach a server that is away; who asks meanwhile waits so long at most."""
+"""Seconds between two attempts to reach a server that stays away; who asks meanwhile waits so long at most."""
 
 _FIRST_PAUSE: Final = 0.05
-_LONGEST_PAUSE: Final = 1.0
-"""Seconds before a server without room is asked again, doubled with each attempt; up to half of it is left out."""
+"""Seconds before it is asked again the first time, doubled with each attempt up to that interval."""
 
 
 class State(Enum):
@@ -78,7 +78,11 @@ class Door:
     >>> refused = Trouble("refused", (), None, ConnectionRefusedError())
     >>> door.begin("one", 9.0), door.fail("one", refused, now=10.0, others=0)
     (None, False)
-    >>> door.lets_try(10.5), door.lets_try(11.0)
+    >>> door.lets_try(10.02), door.lets_try(10.05)
+    (False, True)
+    >>> door.begin("two", 10.05), door.fail("two", refused, now=10.05, others=0)
+    (None, True)
+    >>> door.lets_try(10.1), door.lets_try(10.15)
     (False, True)
     """
 
@@ -116,7 +120,9 @@ class Door:
         """*who* tries now, while it is not open."""
         self._who = who
         if self.state is State.AWAY:
-            self.next_try = now + PROBE_INTERVAL
+            # Also one that is given up counts: else callers in a hurry would ask at the first pace for ever.
+            self._attempts += 1
+            self.next_try = now + self._pause
 
     def give_up(self, who: object) -> None:
         """If *who* has tried, it was given up for a reason of his own: nothing was learned, another may try."""
@@ -133,18 +139,31 @@ class Door:
         self.state, self.trouble, self._who, self._attempts = State.OPEN, None, None, 0
 
     def fail(self, who: object, trouble: Trouble, *, now: float, others: int) -> bool:
-        """The server turned *who* away. Whether it is worth waiting: for room, or for the *others* that are out.
+        """The server turned *who* away. Is it worth waiting, for room, the *others* that are out, or its return?
 
+        For its return as long as it is asked again soon; but by the first failure all are told, for it may last.
         With *others* whatever else it has answered is taken for a lack of room: it serves them, after all.
         """
         self.give_up(who)
         self.trouble = trouble
         if trouble.is_full:
+            self._becomes(State.FULL)
             self._attempts += 1
-            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._attempts, 16))
-            self.next_try = now + self._draw.uniform(pause / 2, pause)
-            self.state = State.FULL
+            self.next_try = now + self._draw.uniform(self._pause / 2, self._pause)
             return True
-        self.next_try = now + PROBE_INTERVAL
-        self.state = State.FULL if others and trouble.is_answer else State.AWAY
-        return self.state is State.FULL
+        if others and trouble.is_answer:
+            self._becomes(State.FULL)
+            self.next_try = now + PROBE_INTERVAL
+            return True
+        was_known = self.state is State.AWAY
+        self._becomes(State.AWAY)
+        self.next_try = now + self._pause
+        return was_known and self._pause < PROBE_INTERVAL
+
+    @property
+    def _pause(self) -> float:
+        return min(PROBE_INTERVAL, _FIRST_PAUSE * 2.0 ** min(self._attempts, 16))
+
+    def _becomes(self, state: State) -> None:
+        if state is not self.state:
+            self.state, self._attempts = state, 0

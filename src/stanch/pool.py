@@ -148,10 +148,10 @@ class Pool(SQLAlchemyPool):
     connection already, his task holds one, or it runs a callback of a commit.
 
     Until a first connection is ready, and whenever the server has turned somebody away, one caller at a time tries to
-    open another, once a second at most; the others wait in the queue. If the server has no room (SQLSTATE 53300), they
-    wait for what comes back or for room, as for a pool that is full. If it cannot be reached and nothing is out that
-    could come back, they are told by the failure of the one who tried (``DatabaseUnavailable``), and newcomers wait
-    a second at most.
+    open another, soon at first, and then once a second; the others wait in the queue. If the server has no room
+    (SQLSTATE 53300), they wait for what comes back or for room, as for a pool that is full. If it cannot be reached and
+    nothing is out that could come back, they are told by the failure of the one who tried (``DatabaseUnavailable``),
+    and newcomers wait for its return, a second at most.
 
     Serves the engine of an event loop, and under threads one that is not async. ``dispose()`` closes what is idle and
     outdates what is out; the bound and the waiters stay, and ``recreate()`` gives this same pool. The connections of a
