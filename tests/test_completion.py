@@ -251,3 +251,44 @@ def test_operation_cancelled_by_the_dying_loop_ends_the_wait() -> None:
         assert task.cancelled()
 
     asyncio.run(main())
+
+
+def test_whatever_is_under_way_when_a_loop_ends_is_cancelled_with_it() -> None:
+    """asyncio.run() cancels what is left in no order, while no task runs: also who waits, and what is waited for."""
+    works: list[Work] = []
+    waiting: list[asyncio.Task[str]] = []
+
+    async def main() -> None:
+        for _ in range(20):
+            works.append(Work())
+            waiting.append(asyncio.create_task(run_to_completion(works[-1]())))
+            await works[-1].begun.wait()
+
+    asyncio.run(main())
+    assert all(task.cancelled() for task in waiting)
+    assert not any(work.ended for work in works)
+
+
+async def test_a_task_that_was_cancelled_before_is_out_of_reach_of_the_next_one() -> None:
+    """Its count of cancellations is not zero then, as in a task that went on after one."""
+    work = Work()
+
+    async def outer() -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return await run_to_completion(work())
+        return "never"
+
+    task = asyncio.create_task(outer())
+    await a_few_turns()
+    task.cancel()
+    await work.begun.wait()
+    task.cancel()
+    await a_few_turns()
+    assert not task.done()
+    work.may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.ended
+    assert task.cancelling() == 2

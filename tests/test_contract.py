@@ -224,6 +224,11 @@ def test_session_has_the_funnels_that_ours_guards() -> None:
     assert parameters(Session._connection_for_bind)[:3] == ["self", "engine", "execution_options"]
     assert parameters(SessionTransaction._connection_for_bind) == ["self", "bind", "execution_options"]
     assert parameters(Session._bulk_save_mappings)[:3] == ["self", "mapper", "mappings"]
+    assert parameters(Session._is_clean) == parameters(Session._autoflush) == ["self"]
+    assert "_is_clean" in calls(Session.flush)
+    assert calls(Session._is_clean) == {"identity_map", "check_modified", "_deleted", "_new"}
+    assert calls(type(Session().identity_map).check_modified) - {"bool"} == {"_modified"}
+    assert calls(Session.in_transaction) == {"_transaction"}
     assert {"autobegin", "close_resets_only"} <= set(parameters(Session.__init__))
     assert "sync_session_class" in parameters(AsyncSession.__init__)
 
@@ -262,6 +267,19 @@ def test_session_transaction_knows_what_it_holds() -> None:
         assert {entry[3] for entry in transaction._connections.values()} == {False}
 
 
+def test_a_connection_that_may_begin_nothing_by_itself_begins_nothing() -> None:
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        connection._allow_autobegin = False
+        assert connection.scalar(text("SELECT 1")) == 1
+        assert not connection.in_transaction()
+        with connection.begin():
+            assert connection.in_transaction(), "whoever begins one has it"
+    with engine.connect() as connection:
+        connection.scalar(text("SELECT 1"))
+        assert connection.in_transaction()
+
+
 def test_a_transaction_is_prepared_while_its_commit_is_sent() -> None:
     engine = create_engine("sqlite://")
     states: list[object] = []
@@ -277,6 +295,27 @@ def test_a_transaction_is_prepared_while_its_commit_is_sent() -> None:
         states.append(transaction._state)
         session.commit()
     assert states == [SessionTransactionState.ACTIVE, SessionTransactionState.PREPARED]
+
+
+def test_a_transaction_is_committed_when_its_commit_closes_it_and_at_no_other_time() -> None:
+    engine = create_engine("sqlite://")
+    states: list[object] = []
+
+    class Ours(SessionTransaction):
+        def close(self, invalidate: bool = False) -> None:
+            states.append(self._state)
+            super().close(invalidate)
+
+    with Session(engine) as session:
+        for end in (session.commit, session.rollback, session.close):
+            session.execute(text("SELECT 1"))
+            transaction = session.get_transaction()
+            assert transaction is not None
+            transaction.__class__ = Ours
+            end()
+    assert states[0] is SessionTransactionState.COMMITTED
+    assert SessionTransactionState.COMMITTED not in states[1:]
+    assert len(states) == 3
 
 
 def test_end_of_the_root_is_told_after_the_connection_is_back() -> None:
@@ -335,6 +374,59 @@ def test_stack_of_a_greenlet_ends_and_goes_on_in_its_parent() -> None:
     assert "the_task" in asyncio.run(the_task())
 
 
+# completion.py ----------------------------------------------------------------------------------------------
+
+
+def test_anyio_tells_whether_a_scope_is_open_around_a_task() -> None:
+    import anyio.lowlevel
+
+    backend: Any = import_module("anyio._backends._asyncio")
+    found: dict[str, bool] = {}
+
+    def look(where: str) -> None:
+        state = backend._task_states.get(asyncio.current_task())
+        found[where] = state is not None and state.cancel_scope is not None
+
+    async def child() -> None:
+        look("in a child")
+        await anyio.lowlevel.checkpoint()
+        look("in a child that has waited")
+
+    async def stranger() -> None:
+        look("in a task of asyncio's own")
+
+    async def tour() -> None:
+        look("before")
+        with anyio.CancelScope():
+            look("in a scope")
+            with anyio.CancelScope():
+                await anyio.lowlevel.checkpoint()
+            look("in the outer of two")
+            await asyncio.create_task(stranger())
+        look("after")
+        async with anyio.create_task_group() as group:
+            group.start_soon(child)
+            look("in a group")
+        with anyio.move_on_after(10):
+            look("with a timeout")
+            await anyio.lowlevel.checkpoint()
+        look("in the end")
+
+    asyncio.run(tour())
+    assert found == {
+        "before": False,
+        "in a scope": True,
+        "in the outer of two": True,
+        "in a task of asyncio's own": False,
+        "after": False,
+        "in a child": True,
+        "in a child that has waited": True,
+        "in a group": True,
+        "with a timeout": True,
+        "in the end": False,
+    }
+
+
 # asgi.py ----------------------------------------------------------------------------------------------------
 
 
@@ -360,7 +452,9 @@ def test_asyncpg_has_what_our_probe_and_severing_use() -> None:
     assert callable(protocol.BaseProtocol.close_statement)
     asyncpg: Any = import_module("asyncpg")
     assert parameters(asyncpg.Connection._cancel_current_command)[:2] == ["self", "waiter"]
-    assert {"_transport", "_protocol", "_top_xact", "_addr", "_params"} <= set(asyncpg.Connection.__slots__)
+    slots = {"_transport", "_protocol", "_top_xact", "_addr", "_params", "_config"}
+    assert slots <= set(asyncpg.Connection.__slots__)
+    assert "command_timeout" in asyncpg.connect_utils._ClientConfiguration._fields
     connect = import_module("asyncpg.connect_utils")
     import_module("stanch.drivers.asyncpg")
     asks = inspect.getsource(connect._create_ssl_connection)
@@ -390,6 +484,29 @@ def test_psycopg_has_what_our_severing_uses() -> None:
     assert callable(psycopg.pq.PGconn.get_cancel)
     assert {"cancel_conn", "start", "cancel"} <= calls(psycopg.AsyncConnection._cancel_gen)
     assert parameters(waiting.wait_conn_async)[:2] == ["gen", "interval"]
+
+
+@pytest.mark.psycopg
+def test_psycopg_switches_autocommit_by_an_attribute_of_an_idle_connection() -> None:
+    import psycopg
+
+    assert {"_check_intrans_gen", "_autocommit"} == calls(psycopg.AsyncConnection._set_autocommit_gen) - {
+        "bool"
+    }
+    assert "_autocommit" in calls(psycopg.AsyncConnection._start_query)
+    assert "_pipeline" in calls(psycopg.AsyncConnection._check_intrans_gen)
+
+
+def test_asyncpgs_adapter_begins_nothing_where_its_level_says_so() -> None:
+    adapter: Any = import_module("sqlalchemy.dialects.postgresql.asyncpg").AsyncAdapt_asyncpg_connection
+    assert calls(adapter.set_isolation_level) >= {"rollback", "isolation_level"}
+    assert "isolation_level" in calls(adapter._start_transaction)
+
+
+def test_a_record_judges_its_age_by_the_names_that_ours_sets() -> None:
+    assert {"_recycle", "_invalidate_time", "_soft_invalidate_time", "starttime"} <= calls(
+        base._ConnectionRecord.get_connection
+    )
 
 
 @pytest.mark.psycopg

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
@@ -450,6 +450,22 @@ async def test_a_commit_that_comes_too_late_is_not_begun(rows: FreshDatabase, dr
                 event.listen(session.sync_session, "before_commit", dawdle)
                 await session.execute(WRITE)
         assert [query for query in proxy.queries if "COMMIT" in query] == []
+        assert await rows.fetchval("SELECT count(*) FROM rows") == 0
+
+
+async def test_a_listener_before_a_commit_is_bounded_too(rows: FreshDatabase, driver: str) -> None:
+    """The COMMIT bounds itself; what a listener waits for before it would else be waited for without end."""
+    async with Database(rows.url(driver), commit_timeout=TIMEOUT, close_timeout=TIMEOUT) as db:
+        clock = Clock()
+        with pytest.raises(SQLAlchemyError):
+            async with db.transaction() as session:
+
+                def sleep(each: Any) -> None:
+                    each.execute(text("SELECT pg_sleep(60)"))
+
+                event.listen(session.sync_session, "before_commit", sleep)
+                await session.execute(WRITE)
+        clock.assert_in_time(2 * TIMEOUT)
         assert await rows.fetchval("SELECT count(*) FROM rows") == 0
 
 

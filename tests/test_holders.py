@@ -358,6 +358,31 @@ async def test_what_runs_the_event_loop_has_asked_for_nothing() -> None:
     assert (await namespace["work"]()).function.startswith("test_what_runs")
 
 
+async def test_the_line_that_asked_is_named_through_whatever_sqlalchemy_runs_in_between(
+    fresh_database: FreshDatabase, driver: str
+) -> None:
+    def read(session: Any) -> str:
+        session.execute(ONE)
+        return only(db).place
+
+    async with make(fresh_database, driver) as db:
+        async with db.session() as session:
+            await session.execute(ONE)
+            assert re.fullmatch(HERE + r"test_the_line_that_asked\w+\(\)", only(db).place)
+        async with db.session() as session:
+            # What the user has put into the greenlet himself is nearer than who has put it there.
+            assert re.fullmatch(HERE + r".*read\(\)", await session.run_sync(read))
+        async with db.session() as session:
+            assert re.fullmatch(HERE + r"asked\(\)", await asked(db, session))
+        async with db.engine.connect():
+            assert re.fullmatch(HERE + r"test_the_line_that_asked\w+\(\)", only(db).place)
+
+
+async def asked(db: Database[Any], session: Any) -> str:
+    await session.execute(ONE)
+    return only(db).place
+
+
 # What it costs ----------------------------------------------------------------------------------------------
 
 
@@ -388,7 +413,7 @@ async def calls_per_checkout(db: Database[Any]) -> float:
 async def test_a_checkout_costs_what_its_settings_ask_for(
     fresh_database: FreshDatabase, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """25 µs are what some 250 calls take; see ``bench/instruments.py`` for the time itself."""
+    """25 µs are what some 250 calls take; see ``bench/cases/instruments.py`` for the time itself."""
     off: dict[str, Any] = {"track_holders": False, "leak_after": None}
     async with (
         make(fresh_database, driver, **off) as without,

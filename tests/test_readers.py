@@ -8,12 +8,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import ForeignKey, Sequence, delete, func, insert, literal_column, select, text, union, update
+from sqlalchemy import (
+    Connection,
+    ForeignKey,
+    Sequence,
+    delete,
+    event,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    union,
+    update,
+)
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
+    Session,
     defer,
     joinedload,
     mapped_column,
@@ -330,6 +344,104 @@ async def test_a_snapshot_is_guarded_by_the_server(db: Database[AsyncSession]) -
             await session.execute(update(Book).values(title="x"))
 
 
+# What comes after a reader, on the connection that it had ---------------------------------------------------
+
+
+async def _read_well(session: AsyncSession, _library: FreshDatabase) -> None:
+    assert await _titles(session) == ["a", "b", "c"]
+
+
+async def _fail(session: AsyncSession, _library: FreshDatabase) -> None:
+    with pytest.raises(DBAPIError):
+        await session.scalar(text("SELECT * FROM nowhere"))
+
+
+async def _be_refused(session: AsyncSession, _library: FreshDatabase) -> None:
+    with pytest.raises(WriteRefused):
+        await session.execute(select(Book).with_for_update())
+
+
+async def _be_cancelled(session: AsyncSession, library: FreshDatabase) -> None:
+    task = asyncio.create_task(_sleep(session))
+    await until(library, "SELECT FROM pg_stat_activity WHERE query ~ 'pg_sleep' AND state = 'active'")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def _sleep(session: AsyncSession) -> None:
+    await session.scalar(text("SELECT pg_sleep(30)"))
+
+
+@pytest.mark.parametrize("level", [None, "SERIALIZABLE", "AUTOCOMMIT"])
+@pytest.mark.parametrize("read", [_read_well, _fail, _be_refused, _be_cancelled])
+async def test_whoever_comes_next_begins_a_transaction_as_if_no_reader_had_been_there(
+    library: FreshDatabase,
+    driver: str,
+    level: Any,
+    read: Callable[[AsyncSession, FreshDatabase], Awaitable[None]],
+) -> None:
+    async with Database(library.url(driver), pool_size=1, max_overflow=0, isolation_level=level) as db:
+        async with db.connect() as connection:
+            before = await _way_of(connection)
+        async with db.reader() as session:
+            await read(session, library)
+            async with db.connect() as connection:
+                assert await _way_of(connection) == before
+            await read(session, library)
+        async with db.connect() as connection:
+            assert await _way_of(connection) == before
+        assert before == (
+            (level or "READ COMMITTED").lower().replace("autocommit", "read committed"),
+            level != "AUTOCOMMIT",
+        )
+
+
+async def _way_of(connection: AsyncConnection) -> tuple[object, bool]:
+    """The isolation level, and whether the two statements have been in one transaction."""
+    level = await connection.scalar(text("SHOW transaction_isolation"))
+    begun = await connection.scalar(text("SELECT now()"))
+    return level, begun == await connection.scalar(text("SELECT now()"))
+
+
+class Telling(Session):
+    """A sync session class of the user's, with a listener that says something as each transaction begins."""
+
+
+class AsyncTelling(AsyncSession):
+    sync_session_class = Telling
+
+
+async def test_who_listens_for_the_begin_of_a_transaction_hears_of_each_statement_of_a_reader(
+    library: FreshDatabase, driver: str
+) -> None:
+    said = "SELECT 'begun'"
+    told: list[object] = []
+
+    @event.listens_for(Telling, "after_begin", propagate=True)
+    def begun(_session: Session, _transaction: object, connection: Connection) -> None:
+        told.append(connection.scalar(text(said)))
+
+    async with Database(library.url(driver), session_class=AsyncTelling, pool_size=1, max_overflow=0) as db:
+        async with db.reader() as session:
+            shelf = (await session.scalars(select(Shelf).options(selectinload(Shelf.books)).limit(1))).one()
+            assert len(shelf.books) == 2
+            assert told == ["begun"] * len(told)
+            await assert_holds_nothing(db, library)
+            before = len(told)
+            await _titles(session)
+            assert len(told) == before + 1
+            await assert_holds_nothing(db, library)
+            said = "DELETE FROM books"
+            with pytest.raises(WriteRefused):
+                await _titles(session)
+            await assert_holds_nothing(db, library)
+            said = "SELECT 'begun'"
+        async with db.connect() as connection:
+            assert await _way_of(connection) == ("read committed", True)
+    assert await stored(library) == STORED
+
+
 # What goes wrong ------------------------------------------------------------------------------------------
 
 
@@ -353,15 +465,7 @@ async def test_a_cancelled_statement_gives_its_connection_back(
 ) -> None:
     async with db.reader() as session:
         book = await session.get_one(Book, 1)
-
-        async def sleep() -> None:
-            await session.scalar(text("SELECT pg_sleep(30)"))
-
-        task = asyncio.create_task(sleep())
-        await until(library, "SELECT FROM pg_stat_activity WHERE query ~ 'pg_sleep' AND state = 'active'")
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await _be_cancelled(session, library)
         await assert_nothing_left(library, db)
         assert book.title == "a"
         assert await _titles(session) == ["a", "b", "c"]

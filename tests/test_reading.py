@@ -35,7 +35,7 @@ from sqlalchemy.schema import CreateTable, DropTable
 from sqlalchemy.sql import column, quoted_name
 
 from stanch import Database, WriteRefused
-from stanch.reading import READER_OPTION, objection_to, objection_when_compiled
+from stanch.reading import mark_reader, objection_to, objection_when_compiled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -162,7 +162,8 @@ async def unharmed(judged: FreshDatabase) -> None:
 async def reader(db: Database[AsyncSession]) -> AsyncGenerator[AsyncSession]:
     """A plain session on a reader's connection, which commits each statement by itself."""
     async with db.connect() as connection:
-        await connection.execution_options(isolation_level="AUTOCOMMIT", **{READER_OPTION: "a test"})
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        mark_reader(await connection.run_sync(lambda sync: sync), "a test")
         async with AsyncSession(connection) as session:
             yield session
 

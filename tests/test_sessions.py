@@ -14,6 +14,7 @@ from sqlalchemy import ForeignKey, delete, event, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy.util import await_only
 
 from stanch import (
     CommitRefused,
@@ -350,6 +351,31 @@ async def test_session_class_of_the_user_keeps_its_methods_and_is_guarded(
             assert await session.audit() == "audited"
         with pytest.raises(SessionClosed):
             await session.execute(text("SELECT 1"))
+
+
+class Farewell(Session):
+    def close(self) -> None:
+        super().close()
+        self.info["farewells"].append(await_only(asyncio.sleep(0, "sync")))
+
+
+class Farewelling(AsyncSession):
+    sync_session_class = Farewell
+
+    async def close(self) -> None:
+        await super().close()
+        self.info["farewells"].append(await asyncio.sleep(0, "async"))
+
+
+async def test_a_session_class_of_the_user_closes_in_its_own_way(library: FreshDatabase, driver: str) -> None:
+    """It may await something, although a session that holds nothing is closed without awaiting anything."""
+    farewells: list[str] = []
+    async with Database(library.url(driver), session_class=Farewelling) as db:
+        for opened in (db.session(), db.reader(), db.transaction()):
+            async with opened as session:
+                session.info["farewells"] = farewells
+            assert farewells == ["sync", "async"]
+            farewells.clear()
 
 
 async def test_session_of_sqlmodel_keeps_exec_and_is_guarded(library: FreshDatabase, driver: str) -> None:

@@ -162,7 +162,7 @@ class UnitMiddleware:
 
         def settling_send(message: Message) -> Awaitable[None]:
             if exchange.unit is not None:
-                return exchange.settle_and_send(message, send)
+                return exchange.pass_on(message, send)
             if "status" in message:
                 exchange.start = message
             else:
@@ -268,6 +268,15 @@ class Exchange(Call):
     recorder: Recorder
     """Set where the reply is recorded, and only there."""
 
+    def pass_on(self, message: Message, send: Send) -> Awaitable[None]:
+        """Forward *message*, and settle before it where there is something to settle."""
+        assert self.unit is not None
+        if self.failure is not None or not self.unit.quiet:
+            return self.settle_and_send(message, send)
+        # A reader holds nothing by now: its reply leaves as one without a session does.
+        self._note(message)
+        return send(message)
+
     async def settle_and_send(self, message: Message, send: Send) -> None:
         """Forward *message*; settle before the start of the reply, and before its last message."""
         if self.failure is not None:
@@ -275,15 +284,19 @@ class Exchange(Call):
             raise ReplyAbandoned from self.failure
         if "status" in message:
             await self._settle(message)
+        elif _is_last(message):
+            await self._settle(self.start)
+        self._note(message)
+        # Outside the settling: an OSError of the client's socket is not the database's.
+        await send(message)
+
+    def _note(self, message: Message) -> None:
+        if "status" in message:
             assert self.unit is not None
             self.unit.answered()
             self.start = message
         else:
-            if _is_last(message):
-                await self._settle(self.start)
             self.latest = message
-        # Outside the settling: an OSError of the client's socket is not the database's.
-        await send(message)
 
     async def _settle(self, start: Message | None) -> None:
         assert self.unit is not None
@@ -369,6 +382,10 @@ class RecordedExchange(Exchange):
     """An exchange whose reply is recorded. A class of its own, so that no other exchange pays for it."""
 
     __slots__ = ()
+
+    def pass_on(self, message: Message, send: Send) -> Awaitable[None]:
+        """Forward *message* once the recorder has had it, also where there is nothing to settle."""
+        return self.settle_and_send(message, send)
 
     async def settle_and_send(self, message: Message, send: Send) -> None:
         """As the base's, once the recorder releases the message."""

@@ -55,6 +55,12 @@ _users: Final[dict[str, bool]] = {}
 """Whether a file is the user's: the question is asked for some twenty frames at each checkout."""
 
 
+_SQLALCHEMY_ASYNC: Final = str(Path("sqlalchemy", "ext", "asyncio"))
+
+_entrances: Final[dict[str, bool]] = {}
+"""Whether a file is of SQLAlchemy's async classes."""
+
+
 def place_of_caller() -> Place:
     """The nearest line of user code on the stack of whoever calls, or ``NOWHERE``.
 
@@ -79,6 +85,27 @@ def place_of_caller() -> Place:
         if fiber is None:
             return NOWHERE
         frame = fiber.gr_frame
+
+
+def place_of_asker(task: asyncio.Task[object] | None) -> Place:
+    """The line of user code by which *task*, the running one, has asked SQLAlchemy for something, or ``NOWHERE``.
+
+    As ``place_of_caller()``, in a quarter of the time: under a method of SQLAlchemy's async classes are some twenty
+    frames of SQLAlchemy's own, which are not looked at. So a listener of the user's in there is passed over, and the
+    line that called the method is named. ``run_sync()`` runs the user's own code, which is looked at.
+    """
+    parent = getcurrent().parent
+    entered = None if parent is None else parent.gr_frame
+    frame = None if entered is None else entered.f_back
+    if frame is None or not _is_entrance(frame):
+        return place_of_caller()
+    outermost = None if task is None else getattr(task.get_coro(), "cr_frame", None)
+    is_users = _users.get
+    while frame is not outermost and (frame := frame.f_back) is not None:
+        known = is_users(frame.f_code.co_filename)
+        if known or (known is None and _is_users(frame)):
+            return _place(frame)
+    return place_of_caller()  # a listener's, then; or another greenlet began this one
 
 
 def whereabouts(task: asyncio.Task[object] | None) -> str:
@@ -142,6 +169,18 @@ def _awaiting_frames(task: asyncio.Task[object]) -> Iterator[FrameType]:
         if frame is not None:
             yield frame
         coroutine = getattr(coroutine, "cr_await", None)
+
+
+def _is_entrance(frame: FrameType) -> bool:
+    """Whether *frame* is of a method by which SQLAlchemy's async classes enter a greenlet, with no code but its own."""
+    code = frame.f_code
+    file = code.co_filename
+    known = _entrances.get(file)
+    if known is None:
+        known = _SQLALCHEMY_ASYNC in file and not _is_users(frame)
+        if len(_entrances) < _KEPT:
+            _entrances[file] = known
+    return known and code.co_name != "run_sync"
 
 
 def _is_users(frame: FrameType) -> bool:

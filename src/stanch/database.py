@@ -41,7 +41,7 @@ from stanch.retry import Retry
 from stanch.sessions import Terms, guard_of, guarded, guarded_session, refuse_changes
 from stanch.settings import Settings, judge_url
 from stanch.stopping import all_sent
-from stanch.transactions import Ending, IsolationLevel, connection_options, finish
+from stanch.transactions import Ending, IsolationLevel, close_for_good, connection_options, finish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -303,7 +303,7 @@ class Database(Gathering[S], Generic[S]):
         except BaseException:
             await finish(ending, commit=False)
             raise
-        await run_to_completion(ending.close())
+        await close_for_good(ending)
 
     @asynccontextmanager
     async def reader(self, *, timeout: float | None = None) -> AsyncGenerator[S]:
@@ -322,7 +322,7 @@ class Database(Gathering[S], Generic[S]):
         except BaseException:
             await finish(ending, commit=False)
             raise
-        await run_to_completion(ending.close())
+        await close_for_good(ending)
 
     @asynccontextmanager
     async def transaction(
@@ -407,8 +407,11 @@ class Database(Gathering[S], Generic[S]):
     ) -> S:
         """A session on the books of this ``Database``, for stanch's own shells; its ``Ending`` must close it."""
         guard = Guard(holder, database=self.name, place=place, on_end=self._session_ended)
-        guard.connection_options = options or {}
-        session = self.session_factory(guard=guard)
+        if options:
+            guard.connection_options = options
+        factory = self.session_factory
+        # As the factory's own call, which goes through its settings one by one for whoever overrides some of them.
+        session: S = factory.class_(**factory.kw, guard=guard)
         self._lifetime.enter()
         return session
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypedDict, TypeVar, Unpack
+from weakref import WeakSet
 
 from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -39,6 +41,8 @@ __all__ = [
 Endpoint = TypeVar("Endpoint", bound="Callable[..., Any]")
 
 _OPTIONS: Final = "__stanch_unit__"
+_READ: Final = Mode.READ
+
 # Dependencies ---------------------------------------------------------------------------------------------
 
 
@@ -51,6 +55,9 @@ class UnitOptions(TypedDict, total=False):
     timeout: float | None
     cancel_on_disconnect: bool
     """``@unit`` only: when the client hangs up, stop reading (``ClientGone``), unless something was written."""
+
+
+_NO_OPTIONS: Final = UnitOptions()
 
 
 def unit(**options: Unpack[UnitOptions]) -> Callable[[Endpoint], Endpoint]:
@@ -80,7 +87,7 @@ async def get_session(connection: HTTPConnection) -> AsyncSession:
 
     The key for ``dependency_overrides``. Holds no connection until its first statement.
     """
-    return await _session(connection, "SessionDep", {})
+    return await _session(connection, "SessionDep", _NO_OPTIONS)
 
 
 async def get_reader(connection: HTTPConnection) -> AsyncSession:
@@ -88,7 +95,7 @@ async def get_reader(connection: HTTPConnection) -> AsyncSession:
 
     A unit that asked for nothing more refuses what could write, and to end with changed objects (``WriteRefused``).
     """
-    return await _session(connection, "ReaderDep", {}, mode=Mode.READ)
+    return await _session(connection, "ReaderDep", _NO_OPTIONS, mode=_READ)
 
 
 async def get_database(connection: HTTPConnection) -> Database[AsyncSession]:
@@ -186,7 +193,9 @@ async def _session(
     scope = connection.scope
     unit = attend(connection)
     _refuse_sync_endpoint(scope, source)
-    route: UnitOptions = getattr(scope.get("endpoint"), _OPTIONS, None) or UnitOptions()
+    route: UnitOptions = getattr(scope.get("endpoint"), _OPTIONS, _NO_OPTIONS)
+    if not own and not route:
+        return await unit.session(unit.database(database), Wish(source, unit.mode if mode is None else mode))
     word = own.get("commit_mode") or route.get("commit_mode")
     wish = Wish(
         source=source,
@@ -220,7 +229,22 @@ def _refuse_sync_endpoint(scope: Mapping[str, Any], source: str) -> None:
         )
 
 
+_known_as_async: Final[WeakSet[FunctionType]] = WeakSet()
+"""Endpoints that were looked at before: what unwraps a function to see whether it is async is dear."""
+
+
 def _is_async(endpoint: Any) -> bool:
+    if not isinstance(endpoint, FunctionType):
+        return _looks_async(endpoint)
+    if endpoint in _known_as_async:
+        return True
+    is_async = _looks_async(endpoint)
+    if is_async:
+        _known_as_async.add(endpoint)
+    return is_async
+
+
+def _looks_async(endpoint: Any) -> bool:
     call = inspect.unwrap(endpoint)
     while isinstance(call, functools.partial):
         call = call.func

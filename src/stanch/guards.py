@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -19,7 +18,7 @@ from stanch.hooks import Frame, Hooks, Outcome
 from stanch.retry import Attempt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Mapping
     from contextvars import Token
 
     from sqlalchemy.orm import SessionTransaction
@@ -131,18 +130,23 @@ class Guard:
         first statement of the stream's own task may come at the same moment.
         """
         task = current_task()
-        while self._depth and self.inside is not task and is_ours(self.inside) and in_greenlet():
+        if self.inside is not task and (self._depth or self.barred):
+            self._wait_or_refuse(task)
+        if not self._depth:
+            self.inside = task
+            if self.deadline is not None:
+                self._imposed = impose(self.deadline)
+        self._depth += 1
+
+    def _wait_or_refuse(self, task: asyncio.Task[object] | None) -> None:
+        while self._depth and is_ours(self.inside) and in_greenlet():
             await_only(self.left())
-        if (self._depth or self.barred) and self.inside is not task:
+        if self._depth or self.barred:
             raise SessionOverlap(
                 f"two tasks are inside the session of {self.holder} at once: {whereabouts(self.inside)},"
                 f" and {whereabouts(task)}",
                 remedies=["Give each task a session of its own: async with db.session() as session."],
             )
-        self.inside = task
-        self._depth += 1
-        if self._depth == 1 and self.deadline is not None:
-            self._imposed = impose(self.deadline)
 
     def leave(self) -> None:
         """The running task goes out again, as often as it came in."""
@@ -169,14 +173,12 @@ class Guard:
         """Whether the running task, which is inside, came in only once."""
         return self._depth == 1
 
-    @contextmanager
-    def visit(self) -> Generator[None]:
+    def __enter__(self) -> None:
         """The running task is inside meanwhile."""
         self.enter()
-        try:
-            yield
-        finally:
-            self.leave()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.leave()
 
     def end(self, *, dropped: tuple[str, ...]) -> bool:
         """The session was closed for good, dropping these uncommitted writes; the owner is told. False: told before."""

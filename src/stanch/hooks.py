@@ -95,30 +95,32 @@ class Hooks(Generic[Key]):
     [<Hook print, given at ?>]
     """
 
-    __slots__ = ("_due", "_frames")
+    __slots__ = ("due", "frames")
 
     def __init__(self) -> None:
-        self._frames: dict[Key, Frame] = {}
-        self._due: list[Hook] = []
+        self.frames: dict[Key, Frame] = {}
+        """Of what is open now, and only where something was gathered or went wrong."""
+        self.due: list[Hook] = []
+        """Those whose time has come, in the order they were given; see ``take_due()``."""
 
     def frame(self, key: Key) -> Frame:
         """The frame of *key*, made on first use: a transaction that nobody waits for has none."""
-        frame = self._frames.get(key)
+        frame = self.frames.get(key)
         if frame is None:
-            frame = self._frames[key] = Frame()
+            frame = self.frames[key] = Frame()
         return frame
 
     def find(self, key: Key | None) -> Frame | None:
         """The frame of *key*, if it has one."""
-        return self._frames.get(key) if key is not None else None
+        return self.frames.get(key) if key is not None else None
 
     def ended(self, key: Key, *, parent: Key | None) -> Frame | None:
         """*key* has ended with the outcome its frame says; without a *parent* it was the outermost."""
-        frame = self._frames.pop(key, None)
+        frame = self.frames.pop(key, None)
         if frame is None:
             return None
         if parent is None:
-            self._due += [hook for awaited, hook in frame.gathered if awaited in (None, frame.outcome)]
+            self.due += [hook for awaited, hook in frame.gathered if awaited in (None, frame.outcome)]
         elif frame.outcome is Outcome.COMMITTED:
             self.frame(parent).gathered += frame.gathered
         else:
@@ -132,7 +134,7 @@ class Hooks(Generic[Key]):
         """Callbacks that wait for *awaited* in any open frame whose end is not known yet."""
         return [
             hook
-            for frame in self._frames.values()
+            for frame in self.frames.values()
             if frame.outcome is Outcome.ROLLED_BACK
             for each, hook in frame.gathered
             if each is awaited
@@ -140,11 +142,11 @@ class Hooks(Generic[Key]):
 
     def __bool__(self) -> bool:
         """Whether any are due."""
-        return bool(self._due)
+        return bool(self.due)
 
     def take_due(self) -> list[Hook]:
-        """Those whose time has come, in the order they were given; handed out once."""
-        due, self._due = self._due, []
+        """Those that are due, handed out once."""
+        due, self.due = self.due, []
         return due
 
 

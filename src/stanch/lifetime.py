@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
+from typing import Final
 
 from stanch.errors import DatabaseClosed
 
@@ -15,6 +16,11 @@ class State(Enum):
     OPEN = "open"
     DRAINING = "closing"
     CLOSED = "closed"
+
+
+# Python 3.11 finds a member of an enum by a function of its own, at each use.
+_OPEN: Final = State.OPEN
+_CLOSED: Final = State.CLOSED
 
 
 class Lifetime:
@@ -54,9 +60,10 @@ class Lifetime:
 
         Raises ``DatabaseClosed`` while draining and afterwards.
         """
-        if self.state in {State.DRAINING, State.CLOSED}:
-            self._refuse()
-        self.state = State.OPEN
+        if self.state is not _OPEN:
+            if self.state is not State.NEW:
+                self._refuse()
+            self.state = _OPEN
         self._at_work += 1
 
     def leave(self) -> None:
@@ -73,7 +80,7 @@ class Lifetime:
 
     def refuse_closed(self) -> None:
         """Raises ``DatabaseClosed`` after the draining; until then what has begun may go on."""
-        if self.state is State.CLOSED:
+        if self.state is _CLOSED:
             self._refuse()
 
     def _refuse(self) -> None:

@@ -2,7 +2,8 @@
 
 It is a ``sqlalchemy.pool.Pool`` because SQLAlchemy has no other door: the private names ``_do_get``,
 ``_do_return_conn``, ``_invalidate``, ``_creator``, ``_invoke_creator``, ``_close_connection``, ``_dialect``,
-``_ConnectionRecord`` (its ``__init__(connect=)``, ``get_connection`` and ``fairy_ref``) and
+``_ConnectionRecord`` (its ``__init__(connect=)``, ``get_connection``, ``_soft_invalidate_time``, ``starttime`` and
+``fairy_ref``) and
 ``_ConnectionFairy._connection_record`` stand in this module only, and
 ``tests/test_contract.py`` holds them on the oldest and the newest supported SQLAlchemy.
 """
@@ -100,14 +101,17 @@ class Slot(_ConnectionRecord):
     def get_connection(self) -> DBAPIConnection:
         """The open connection, opened now if there is none. Called once the slot has been taken."""
         pool = self._stanch_pool
-        if self.dbapi_connection is None:
+        connection = self.dbapi_connection
+        if connection is None:
             # The generation from before the connect: one that began before a failover is of the old server.
             self.generation = pool.generation
             self.recycle_at = pool.recycle_at()
             began = time.monotonic()
             connection = pool.within_connect_timeout(self, super().get_connection)
             pool.opened(self.ledger, time.monotonic() - began)
-        else:
+        elif (
+            self._soft_invalidate_time > self.starttime
+        ):  # all that SQLAlchemy would ask; its recycling is off
             connection = super().get_connection()
         if self.entry is None:
             pool.hand_out(self)
@@ -183,6 +187,8 @@ class Pool(SQLAlchemyPool):
         self._watch = watch
         self._observers = observers
         self._instruments = instruments
+        patience = 0.0 if settings.pool_pre_ping else settings.ping_after
+        self._ping_after = patience if patience >= 0 else math.inf
         self._tracker = tracker_of(settings, observers, database)
         self._sweep: Sweep | None = None
         self._database = database
@@ -213,11 +219,9 @@ class Pool(SQLAlchemyPool):
             slot = ledger.take(task, new=lambda: Slot(self, ledger))
             holds_another = slot is None and task is not None and ledger.held_by(task) is not None
         caller: _Caller | None = None
-        if slot is None:
-            caller = self._caller(task, account, holds_another=holds_another)
         try:
             if slot is None:
-                assert caller is not None
+                caller = self._caller(task, account, holds_another=holds_another)
                 slot = self._queue_up(ledger, caller)
             while not self._is_ready(slot, account):
                 caller = caller or self._caller(task, account)
@@ -641,6 +645,9 @@ class Pool(SQLAlchemyPool):
         self, caller: _Caller | None, account: Account | None, error: BaseException | None
     ) -> None:
         """Put on *account*, and tell the meter, how long *caller* was in the queue; None did not have to wait."""
+        if caller is None and error is None:  # nearly always
+            self._instruments.meter.waited(0.0, "served", account)
+            return
         waited = 0.0 if caller is None else caller.waited
         end: WaitEnd = "served"
         match error:
@@ -762,7 +769,8 @@ class Pool(SQLAlchemyPool):
             self._tracker.taken(checkout)
             if slot.dbapi_connection is None:
                 return False
-            if self._fit(slot) and self._answers(slot):
+            now = time.monotonic()
+            if self._fit(slot, now) and (now - slot.idle_since < self._ping_after or self._answers(slot)):
                 return True
             self._drop(slot)
         except BaseException:  # cancelled while it was pinged
@@ -770,19 +778,16 @@ class Pool(SQLAlchemyPool):
             raise
         return False
 
-    def _fit(self, slot: Slot) -> bool:
+    def _fit(self, slot: Slot, now: float) -> bool:
         """Whether an idle connection may be handed out: asked without a round trip."""
         return (
             slot.generation == self.generation
-            and time.monotonic() < slot.recycle_at
+            and now < slot.recycle_at
             and not self._driver.looks_dead(slot.driver_connection)
         )
 
     def _answers(self, slot: Slot) -> bool:
         """Whether a connection that nobody has used for ``ping_after`` seconds still does; the others are believed."""
-        patience = 0.0 if self._settings.pool_pre_ping else self._settings.ping_after
-        if not 0 <= patience <= time.monotonic() - slot.idle_since:
-            return True
         assert slot.dbapi_connection is not None
         with suppress(Exception):  # whatever it is: a connection that cannot be asked is replaced
             if cast("Dialect", self._dialect).do_ping(slot.dbapi_connection):
@@ -805,14 +810,16 @@ class Pool(SQLAlchemyPool):
         if slot.dbapi_connection is None:
             return
         driver_connection = slot.driver_connection
-        if slot.generation != self.generation or self._driver.looks_dead(driver_connection):
+        if slot.generation != self.generation:
             self._drop(slot)
         elif not self._driver.is_idle(driver_connection):
             # The driver is asked, not SQLAlchemy: what is mid-operation here would answer the next holder.
+            is_gone = self._driver.looks_dead(driver_connection)
             self._drop(slot)
-            self._observers.tell(
-                ConnectionSevered(database=self._database, reason="it was not idle when it was returned")
-            )
+            if not is_gone:
+                self._observers.tell(
+                    ConnectionSevered(database=self._database, reason="it was not idle when it was returned")
+                )
         elif (states := slot.info.pop(INFO_KEY, None)) and not self._reset(slot, states):
             self._drop(slot)
 
@@ -857,6 +864,11 @@ def checkout_of(connection: Any) -> Checkout | None:
     """What is on the books for SQLAlchemy's pooled *connection*; None for one that was detached, or opened beside."""
     slot = connection._connection_record
     return None if slot is None else slot.entry
+
+
+def adapted(connection: Any) -> Any:
+    """What SQLAlchemy's pooled *connection* is around, or itself: each name that it does not know is an error first."""
+    return getattr(connection, "dbapi_connection", connection)
 
 
 def _everybody() -> None:

@@ -16,20 +16,31 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.orm import FromStatement
 from sqlalchemy.sql.elements import TextClause
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.sql.selectable import TextualSelect
+from sqlalchemy.sql.selectable import Select, TextualSelect
 
 from stanch.errors import WriteRefused
 from stanch.sqltext import objection_to_reading
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Dialect
+    from sqlalchemy.engine import Connection, Dialect
     from sqlalchemy.engine.interfaces import ExecutionContext
     from sqlalchemy.sql.compiler import Compiled
 
 _PLAIN_WORD: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
-READER_OPTION: Final = "stanch_reader"
-"""The execution option of a reader's connection: true, or the name of who reads."""
+_READER: Final = "_stanch_reader"
+
+
+def mark_reader(connection: Connection, holder: str) -> None:
+    """From now on *connection* executes only what reads; *holder* says who must not do more."""
+    # On the connection itself, with which it goes. An execution option is merged into those of each statement.
+    vars(connection)[_READER] = holder
+
+
+def reader_on(connection: Connection) -> str | None:
+    """Who reads on *connection*, where it was marked as a reader's."""
+    holder: str | None = vars(connection).get(_READER)
+    return holder
 
 
 def refusal(what: str, holder: str) -> WriteRefused:
@@ -64,6 +75,8 @@ def objection_to(statement: Any) -> str | None:
     >>> objection_to(select(literal_column("1"))), objection_to(text("DELETE FROM orders"))
     (None, 'DELETE')
     """
+    if type(statement) is Select:
+        return None  # what most readers execute, told at one look
     match statement:
         case TextClause():
             return objection_to_reading(statement.text)
@@ -113,9 +126,9 @@ class Readers:
 
     def refuse_writes(self, sql: str, context: ExecutionContext) -> None:
         """Raise ``WriteRefused`` if a reader is about to send *sql* and it does not certainly only read."""
-        reader = context.root_connection.get_execution_options().get(READER_OPTION)
-        if reader and (objection := self._objection_to(sql, context)) is not None:
-            raise refusal(objection, reader if isinstance(reader, str) else "a reader")
+        reader = reader_on(context.root_connection)
+        if reader is not None and (objection := self._objection_to(sql, context)) is not None:
+            raise refusal(objection, reader)
 
     def _objection_to(self, sql: str, context: ExecutionContext) -> str | None:
         if (compiled := context.compiled) is None:

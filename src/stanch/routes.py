@@ -8,23 +8,28 @@ tests on the oldest and the newest of both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.routing import Host, Mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+_OUTSIDE: Final = (Mount, Host)
+_NOTHING: Final[Mapping[str, Any]] = {}
 
 
-def template_of(scope: Mapping[str, Any], outermost: Sequence[Any]) -> str:
+def template_of(scope: Mapping[str, Any], outermost: Callable[[], Sequence[Any]]) -> str:
     """The template of the path, with those of mounts and included routers; the endpoint's name where none is found.
 
-    *outermost* are the routes of the app that the unit of work belongs to; a mount around that app is not known.
+    *outermost* gives the routes of the app that the unit of work belongs to; a mount around that app is not known.
     """
-    passed, routes = "", outermost
-    if "app_root_path" in scope:  # set by mounts, and by nothing else
-        passed, routes = _through_mounts(scope, outermost)
-    path = _own_path(scope)
+    path, is_mounted = _own_path(scope), "app_root_path" in scope  # set by mounts, and by nothing else
+    if path is not None and not is_mounted:
+        return path
+    passed, routes = "", outermost()
+    if is_mounted:
+        passed, routes = _through_mounts(scope, routes)
     if path is None:  # older Starlettes name no route
         endpoint = scope.get("endpoint")
         path = next((route.path for route in routes if getattr(route, "endpoint", None) is endpoint), None)
@@ -34,9 +39,9 @@ def template_of(scope: Mapping[str, Any], outermost: Sequence[Any]) -> str:
 def _own_path(scope: Mapping[str, Any]) -> str | None:
     """The template of the innermost route, with the prefixes of the routers that include it."""
     route = scope.get("route")
-    if isinstance(route, Mount | Host):
+    if isinstance(route, _OUTSIDE):
         route = None  # the one outside: whatever is inside has named none
-    context = scope.get("fastapi", {}).get("effective_route_context")
+    context = scope.get("fastapi", _NOTHING).get("effective_route_context")
     if context is not None and (route is None or route is context.original_route):
         route = context.starlette_route or context
     return getattr(route, "path", None)

@@ -24,7 +24,8 @@ from stanch.errors import (
     DeadlinePassed,
     WriteRefused,
 )
-from stanch.reading import READER_OPTION, refusal_by_server
+from stanch.pool import adapted
+from stanch.reading import reader_on, refusal_by_server
 from stanch.redaction import redact
 from stanch.sqlstate import QUERY_CANCELED, READ_ONLY_TRANSACTION, says_server_has_gone, sqlstate_of
 from stanch.stopping import committing
@@ -69,6 +70,7 @@ class TransactionEnds:
         self._watch = watch
         self._verifier = verifier
         self._sending = sending
+        self._roll_back = engine.dialect.do_rollback
         self._rollback_to = engine.dialect.do_rollback_to_savepoint
         self._ping = engine.dialect.do_ping
 
@@ -100,13 +102,13 @@ class TransactionEnds:
     def _commit_and_settle(self, connection: DBAPIConnection) -> None:
         _refuse_overdue()
         stake = self._verifier.stake(connection)
-        inner = self._dialect.get_driver_connection(connection)
+        inner = self._dialect.get_driver_connection(adapted(connection))
         # Dead before COMMIT is written: the server must roll back, so the outcome is known.
         lost_before = self._driver.looks_dead(inner)
         timeout = within(self._settings.commit_timeout)
         try:
             with committing(inner):
-                self._watch.run(
+                self._watch.run_undisturbed(
                     self._sending.commit, connection, connection=inner, timeout=timeout, what="COMMIT"
                 )
             transaction_ended(inner)
@@ -121,13 +123,14 @@ class TransactionEnds:
     def do_rollback(self, connection: DBAPIConnection) -> None:
         """ROLLBACK; costs nothing where there is nothing to roll back."""
         self._verifier.rolled_back(connection)
-        inner = self._dialect.get_driver_connection(connection)
+        bare = adapted(connection)
+        inner = self._dialect.get_driver_connection(bare)
         transaction_ended(inner)
+        if self._driver.has_nothing_to_undo(inner):
+            self._roll_back(bare)  # SQLAlchemy may think that a transaction is open
+            return
         if self._driver.looks_dead(inner):
             return  # The server has ended its transaction, if there was one; the pool drops it when it is returned.
-        if self._driver.is_idle(inner):
-            self._sending.roll_back(connection)
-            return
         self._undo(self._sending.roll_back, connection, inner=inner, what="ROLLBACK")
 
     def do_rollback_to_savepoint(self, connection: Connection, name: str) -> None:
@@ -244,8 +247,8 @@ def _asked_for_read_only(context: ExceptionContext) -> bool:
 
 def _refused_by_server(context: ExceptionContext) -> WriteRefused:
     connection = context.connection
-    reader = None if connection is None else connection.get_execution_options().get(READER_OPTION)
-    refused = refusal_by_server(reader if isinstance(reader, str) else "a READ ONLY transaction")
+    reader = None if connection is None else reader_on(connection)
+    refused = refusal_by_server(reader or "a READ ONLY transaction")
     refused.__cause__ = context.original_exception
     return refused
 

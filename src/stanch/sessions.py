@@ -4,9 +4,11 @@ The behaviour sits in a mixin for SQLAlchemy's *sync* ``Session`` class, which e
 so ``session.begin()``, ``sessionmaker.begin()``, ``run_sync``, lazy loads and a user's own session class all
 have it. Private names of SQLAlchemy used here, each a funnel that no public method can pass by:
 ``Session._autobegin_t`` (any use begins here), ``_execute_internal`` (every statement), ``_flush`` and
-``_bulk_save_mappings`` (every ORM write), ``_connection_for_bind`` (the connection is taken here),
-``SessionTransaction._connections`` (what is held), its ``_connection_for_bind`` and ``_state`` (has COMMIT
-been sent);
+``_bulk_save_mappings`` (every ORM write), ``_connection_for_bind`` (the connection is taken here); ``_autoflush``,
+``_is_clean``, and what that looks at, ``_new``, ``_deleted`` and ``IdentityMap._modified`` (is there anything to
+write); ``_transaction`` (is anything begun); ``SessionTransaction._connections`` (what is held), its
+``_connection_for_bind`` and ``_state`` (has COMMIT been sent); ``Connection._allow_autobegin`` (does a statement begin
+a transaction);
 ``tests/test_contract.py`` holds them.
 """
 
@@ -15,12 +17,15 @@ been sent);
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Never, cast
 from weakref import ref
 
 from sqlalchemy import ColumnElement, event, literal_column, select, text
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.orm.session import SessionTransactionOrigin, SessionTransactionState
 from sqlalchemy.sql.elements import TextClause
@@ -45,7 +50,7 @@ from stanch.errors import (
 )
 from stanch.guards import Guard, Owner
 from stanch.hooks import Frame, Outcome
-from stanch.reading import READER_OPTION, objection_to, objection_when_compiled, refusal
+from stanch.reading import mark_reader, objection_to, objection_when_compiled, refusal
 from stanch.sqlstate import IN_FAILED_TRANSACTION, sqlstate_of
 from stanch.sqltext import first_keyword, is_plain_reading, only_locks, suspicion_by_words
 from stanch.statements import doubts_on, tell_writes_past_the_session
@@ -54,10 +59,10 @@ from stanch.values import Value
 from stanch.watch import Watch, undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from sqlalchemy.engine import Connection, Engine
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.engine import Connection
 
     from stanch.drivers import Driver
     from stanch.events import Observers
@@ -90,6 +95,8 @@ class GuardedSession(Session):
     """The mixin. ``guard`` is set by whoever makes the session; see ``guarded``."""
 
     terms: ClassVar[Terms]
+    closes_plainly: ClassVar[bool]
+    """Whether no class of the user's has its own way to close, which may await."""
     guard: Guard
 
     def __init__(self, *arguments: Any, guard: Guard | None = None, **keywords: Any) -> None:
@@ -98,6 +105,11 @@ class GuardedSession(Session):
         self.guard.account.session = ref(self)
         self.terms.instruments.meter.began(self.guard.account)
         self._bind_of_writers: Any = None
+        self._alone: dict[Engine, tuple[Connection, Callable[[], None] | None]] = {}
+        """What the statement that now stands alone runs on, and what undoes that once it has ended.
+
+        One, but for a session class with several engines.
+        """
         super().__init__(*arguments, **keywords)
 
     def _guard_of_the_users(self) -> Guard:
@@ -107,6 +119,8 @@ class GuardedSession(Session):
 
     def unsaved(self) -> tuple[str, ...]:
         """Names of what was written, waits to be written or waits for the commit, and is not committed."""
+        if not (self.guard.wrote or self.guard.hooks.frames or self.has_pending()):
+            return ()
         pending = {type(instance).__name__ for instance in (*self.new, *self.deleted)}
         changed = {type(instance).__name__ for instance in self.dirty if self.is_modified(instance)}
         waiting = [f"on_commit({hook.name})" for hook in self.guard.hooks.waiting(Outcome.COMMITTED)]
@@ -114,7 +128,18 @@ class GuardedSession(Session):
 
     def has_pending(self) -> bool:
         """Whether a flush would have something to write."""
-        return bool(self.new or self.deleted or self.dirty)
+        return not self._is_clean()
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is begun, nothing waits to be written and nobody is inside. Asked often: in one piece."""
+        return not (
+            self._transaction is not None
+            or self.guard.inside is not None
+            or self.identity_map._modified
+            or self._new
+            or self._deleted
+        )
 
     # Every use begins in one of these ---------------------------------------------------------------------
 
@@ -134,8 +159,13 @@ class GuardedSession(Session):
             self._note_trouble(error)
             raise
 
+    def _autoflush(self) -> None:
+        # As SQLAlchemy's, but it comes in only where there is something to write: it is asked before each statement.
+        if not self._is_clean():
+            super()._autoflush()
+
     def _execute_internal(self, statement: Any, *arguments: Any, **keywords: Any) -> Any:
-        guard = self.guard
+        guard, failed = self.guard, False
         guard.enter()
         try:
             if guard.reading:
@@ -149,12 +179,13 @@ class GuardedSession(Session):
                 guard.streams.append(result)
             return result
         except SQLAlchemyError as error:
+            failed = _is_trouble(error)
             self._note_trouble(error)
             raise
         finally:
             try:
                 if guard.reading and guard.outermost:
-                    self._end_reading()
+                    self._end_reading(failed=failed)
             finally:  # cancelled while the connection went back
                 guard.leave()
 
@@ -181,7 +212,7 @@ class GuardedSession(Session):
                 stream.close()
 
     def _flush(self, objects: Sequence[object] | None = None) -> None:
-        with self._inside():
+        with self.guard:
             if self.guard.reading:
                 self._refuse_to_read("flush()")
             self._connect_with_options()
@@ -194,7 +225,7 @@ class GuardedSession(Session):
                 raise
 
     def _bulk_save_mappings(self, mapper: Any, *arguments: Any, **keywords: Any) -> None:
-        with self._inside():
+        with self.guard:
             if self.guard.reading:
                 self._refuse_to_read("a bulk write")
             self._connect_with_options()
@@ -205,7 +236,7 @@ class GuardedSession(Session):
         """As SQLAlchemy's; after the end it refuses, where SQLAlchemy's clean session stays silent."""
         self.refuse_after_end()
         # Before SQLAlchemy marks the session as flushing: _flush() would be too late to wait.
-        with self._inside():
+        with self.guard:
             super().flush(objects)
 
     def refresh(self, instance: object, *arguments: Any, **keywords: Any) -> None:
@@ -213,20 +244,19 @@ class GuardedSession(Session):
         self.refuse_after_end()
         super().refresh(instance, *arguments, **keywords)
 
-    def commit(self) -> None:
-        """As SQLAlchemy's, for one task at a time; then runs what ``on_commit`` was given."""
-        with self.ending():
-            super().commit()
-
     def rollback(self) -> None:
         """As SQLAlchemy's, for one task at a time; then runs what ``after_rollback`` was given."""
+        # commit() always comes to GuardedTransaction.commit(); this does not where nothing is begun.
         with self.ending():
             super().rollback()
 
     def close(self) -> None:
         """Close for good: any later use raises ``SessionClosed``. A cancellation meanwhile is raised afterwards."""
-        if self.in_transaction_on_server() and in_greenlet():
-            with self._inside():
+        if self.is_at_rest and not self.guard.hooks:
+            super().close()  # drops nothing, and nothing waits for it
+            self._end(())
+        elif self.in_transaction_on_server() and in_greenlet():
+            with self.guard:
                 pass  # who may not come in is told so in his own name
             undisturbed(self._close)
         else:
@@ -247,7 +277,7 @@ class GuardedSession(Session):
 
     def invalidate(self) -> None:
         """Close for good, and close the connection too instead of returning it."""
-        with self._inside():
+        with self.guard:
             try:
                 super().invalidate()
             finally:
@@ -257,22 +287,15 @@ class GuardedSession(Session):
         if self.guard.end(dropped=dropped):
             self.terms.instruments.meter.closed(self.guard.account)
 
-    @contextmanager
-    def ending(self) -> Generator[None]:
+    def ending(self) -> AbstractContextManager[None]:
         """A transaction may end inside; what has waited for that runs once the running task is outside again."""
-        guard = self.guard
-        try:
-            with guard.visit():
-                yield
-        finally:
-            if guard.hooks and not guard.hooks_wait and guard.inside is None and in_greenlet():
-                await_only(run_to_completion(self.run_due()))
+        return _Ending(self)
 
     async def run_due(self) -> None:
         """Run the callbacks whose time has come. Never raises what they do."""
         guard = self.guard
         guard.hooks_wait = False
-        if guard.hooks:
+        if guard.hooks.due:
             await self.terms.hooks.run(guard.hooks.take_due(), holder=guard.holder)
 
     # The connection ---------------------------------------------------------------------------------------
@@ -281,7 +304,8 @@ class GuardedSession(Session):
         """The session's connection. It refuses ``commit()`` and ``rollback()``: the session ends its transaction."""
         if self.guard.reading:
             self._refuse_to_read("connection()")
-        connection = super().connection(*arguments, **keywords)
+        with self.guard:
+            connection = super().connection(*arguments, **keywords)
         if self._is_the_users(connection):
             return connection
         connection.commit = connection.rollback = self._refuse_behind_the_back  # type: ignore[method-assign]  # on this one
@@ -291,15 +315,17 @@ class GuardedSession(Session):
     def _connection_for_bind(
         self, engine: Any, execution_options: Mapping[str, Any] | None = None, **keywords: Any
     ) -> Connection:
-        with self._inside():
-            options = {**self.guard.connection_options, **(execution_options or {})}
-            if options and self.in_transaction_on_server():
-                options = dict(execution_options or {})
-            elif options and self.in_nested_transaction() and (root := self.get_transaction()) is not None:
-                # SQLAlchemy 2.0 would set them once more on the savepoint, and be refused.
-                root._connection_for_bind(engine, options)
-                options = {}
-            return super()._connection_for_bind(engine, options or None, **keywords)
+        if self.guard.reading:
+            return self._connection_to_read(engine)
+        ours = self.guard.connection_options
+        if not ours or self.in_transaction_on_server():
+            return super()._connection_for_bind(engine, execution_options, **keywords)
+        options = {**ours, **(execution_options or {})}
+        if self.in_nested_transaction() and (root := self.get_transaction()) is not None:
+            # SQLAlchemy 2.0 would set them once more on the savepoint, and be refused.
+            root._connection_for_bind(engine, options)
+            options = {}
+        return super()._connection_for_bind(engine, options or None, **keywords)
 
     def _connect_with_options(self) -> None:
         """For the ways to write that take their connection past ``_connection_for_bind``."""
@@ -316,7 +342,7 @@ class GuardedSession(Session):
     def in_transaction_on_server(self) -> bool:
         """Whether a connection is held; a transaction that was merely begun in Python holds none."""
         transaction = self.get_transaction()
-        return transaction is not None and bool(transaction._connections)
+        return bool(self._alone if transaction is None else transaction._connections or self._alone)
 
     def driver_connections(self) -> list[Any]:
         """The driver's connections that this session holds now."""
@@ -343,6 +369,8 @@ class GuardedSession(Session):
         return self.unsaved() or self._confirmed((*self._doubts(), *self.guard.locks, *unseen))
 
     def _doubts(self) -> tuple[str, ...]:
+        if not self.in_transaction():
+            return ()
         seen = (each for connection in self._connections() for each in doubts_on(connection))
         return tuple(dict.fromkeys((*self.guard.doubtful, *seen)))
 
@@ -350,7 +378,7 @@ class GuardedSession(Session):
         """*doubts*, unless the server says that the transaction has written nothing."""
         if not doubts or not self.in_transaction_on_server():
             return ()
-        with self._inside():
+        with self.guard:
             try:
                 written = [self._may_have_written(connection) for connection in self._connections()]
             except SQLAlchemyError as error:
@@ -371,8 +399,8 @@ class GuardedSession(Session):
 
     def _connections(self) -> Iterable[Connection]:
         transaction = self.get_transaction()
-        held = {} if transaction is None else transaction._connections
-        return {id(entry[0]): entry[0] for entry in held.values()}.values()
+        entries = [*self._alone.values(), *(() if transaction is None else transaction._connections.values())]
+        return {id(entry[0]): entry[0] for entry in entries}.values()
 
     def vouch_for_reading(self) -> None:
         """Before COMMIT: say where the server itself has refused every write, so that nothing need be asked of it."""
@@ -392,7 +420,7 @@ class GuardedSession(Session):
         self._bind_of_writers, self.bind = self.bind, self.terms.readers or self.bind
         # What was changed waits for the end of the unit, or for a writer; a read must not write it.
         self.autoflush = False
-        self.guard.connection_options = {**self.terms.driver.reader_options, READER_OPTION: self.guard.holder}
+        self.guard.connection_options = self.terms.driver.reader_options
 
     def stop_reading(self) -> None:
         """From the next statement on this is a writer, with the objects it has read so far."""
@@ -402,8 +430,8 @@ class GuardedSession(Session):
         self.guard.connection_options = {}
 
     def _judge_reading(self, statement: Any, options: Mapping[str, Any]) -> None:
-        own: Mapping[str, Any] = getattr(statement, "_execution_options", _NO_OPTIONS)
-        if any(each.get("stream_results") or each.get("yield_per") for each in (options, own)):
+        own = getattr(statement, "_execution_options", None)
+        if (options and _fetches_bit_by_bit(options)) or (own and _fetches_bit_by_bit(own)):
             self._refuse_to_read("stream() or yield_per")
         objection = (
             objection_to(statement)
@@ -413,11 +441,65 @@ class GuardedSession(Session):
         if objection is not None:
             self._refuse_to_read(objection)
 
-    def _end_reading(self) -> None:
+    def _connection_to_read(self, bind: Any) -> Connection:
+        """What the statement that is under way runs on: a connection in no transaction of the session's.
+
+        Only who listens for ``after_begin``, or gives the session execution options, has that of SQLAlchemy.
+        """
+        if bind in self._alone:
+            connection = self._alone[bind][0]
+        elif isinstance(bind, Engine):
+            self.refuse_after_end()
+            connection = _on_account(self.guard, self._take_alone, bind)
+        else:  # a connection of the user's own
+            connection = super()._connection_for_bind(bind, self.guard.connection_options)
+            mark_reader(connection, self.guard.holder)
+        if self.dispatch.after_begin or getattr(self, "execution_options", None):
+            return super()._connection_for_bind(connection)
+        return connection
+
+    def _take_alone(self, engine: Engine) -> Connection:
+        connection = engine.connect()
+        self._alone[engine] = connection, None
+        mark_reader(connection, self.guard.holder)
+        adapted = connection.connection.dbapi_connection
+        undo = self.terms.driver.let_stand_alone(adapted)
+        if undo is not None:
+            self._alone[engine] = connection, partial(undo, adapted)
+            connection._allow_autobegin = (
+                False  # nor a transaction in Python, whose end is as dear as a true one's
+            )
+        else:
+            connection.execution_options(**self.guard.connection_options)
+            connection.begin()  # or they could outlive a statement that is cancelled before it has begun anything
+        return connection
+
+    def _end_reading(self, *, failed: bool) -> None:
         """Give the connection back. What was read stays as it is, and what is pending stays pending."""
-        transaction = self.get_transaction()
-        if transaction is not None:
-            transaction.close()
+        try:
+            if (transaction := self.get_transaction()) is not None:
+                transaction.close()
+        finally:
+            if self._alone:
+                self._give_back()
+                account = self.guard.account
+                account.rolled_back = account.rolled_back or failed
+                self.terms.instruments.meter.ended(account, "rolled back" if failed else "read")
+
+    def _give_back(self) -> None:
+        """Each of several, whatever becomes of the others."""
+        _engine, (connection, undo) = self._alone.popitem()
+        try:
+            if undo is not None:
+                undo()
+            connection.close()
+        except BaseException:
+            # Raised behind a ROLLBACK, before the connection has gone back.
+            connection.close()
+            raise
+        finally:
+            if self._alone:
+                self._give_back()
 
     def _refuse_to_read(self, what: str) -> Never:
         raise refusal(what, self.guard.holder)
@@ -433,7 +515,7 @@ class GuardedSession(Session):
         """*transaction*, an outermost one, has ended: tell the meter how, if it ever came to the server."""
         guard, account = self.guard, self.guard.account
         committed, guard.commits = guard.commits, False
-        if not transaction._connections:
+        if guard.reading or not transaction._connections:
             return
         outcome: UnitEnd = "read"
         if committed:
@@ -443,7 +525,7 @@ class GuardedSession(Session):
         elif guard.wrote or guard.doubtful or (frame is not None and frame.trouble is not None):
             outcome = "rolled back"
             account.rolled_back = True
-        if not guard.reading and account.shapes:
+        if account.shapes:
             account.shapes = {}
         self.terms.instruments.meter.ended(account, outcome)
 
@@ -462,6 +544,8 @@ class GuardedSession(Session):
 
     def trouble(self) -> str | None:
         """The first database error of what is open now, and where; what a savepoint has undone does not count."""
+        if not self.guard.hooks.frames:
+            return None
         frames = map(self.guard.hooks.find, self._open_transactions())
         return next((frame.trouble for frame in frames if frame is not None and frame.trouble), None)
 
@@ -485,7 +569,7 @@ class GuardedSession(Session):
     def _note_trouble(self, error: SQLAlchemyError) -> None:
         """Remember the first database error of a transaction; blame it for what fails because of it."""
         transaction = self.get_nested_transaction() or self.get_transaction()
-        if transaction is None or (isinstance(error, StanchError) and not isinstance(error, DeadlinePassed)):
+        if transaction is None or _is_ours(error):
             return
         if _is_consequence(error, transaction):
             if (trouble := self.trouble()) is not None:
@@ -496,16 +580,13 @@ class GuardedSession(Session):
                         "Put what may fail into a savepoint: async with atomic(session).",
                     ],
                 ) from error
-        elif isinstance(error, DBAPIError) and (frame := self.guard.hooks.frame(transaction)).trouble is None:
+        elif _is_trouble(error) and (frame := self.guard.hooks.frame(transaction)).trouble is None:
             state = sqlstate_of(error)
-            kind = error if isinstance(error, StanchError) else error.orig
+            kind = error if isinstance(error, StanchError) else getattr(error, "orig", error)
             told = f"{type(kind).__name__}{f' ({state})' if state else ''}"
             frame.trouble = f"{told} at {place_of_caller()}"
 
     # Private ----------------------------------------------------------------------------------------------
-
-    def _inside(self) -> AbstractContextManager[None]:
-        return self.guard.visit()
 
     def _flushed_names(self) -> set[str]:
         return {
@@ -546,8 +627,10 @@ class GuardedTransaction(SessionTransaction):
 
         After the deadline nothing is committed any more.
         """
-        with self._ending() as guard:
-            session = cast("GuardedSession", self.session)
+        session = cast("GuardedSession", self.session)
+        guard = session.guard
+        with session.ending():
+            self._close_streams()
             if guard.deadline is not None and (session.in_transaction_on_server() or session.has_pending()):
                 guard.refuse_overdue()
             if self.parent is None and session.terms.settings.verify_commits:
@@ -582,30 +665,34 @@ class GuardedTransaction(SessionTransaction):
 
     def rollback(self, *arguments: Any, **keywords: Any) -> None:
         """As SQLAlchemy's, for one task at a time."""
-        with self._ending():
+        with cast("GuardedSession", self.session).ending():
+            self._close_streams()
             super().rollback(*arguments, **keywords)
 
     def close(self, invalidate: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's signature
         """As SQLAlchemy's, for one task at a time."""
-        with self._ending():
-            try:
-                super().close(invalidate)
-            except asyncio.CancelledError:
-                # It is raised behind a ROLLBACK that has run to its end, before the connection has gone back.
-                super().close(invalidate)
-                raise
+        if self._state is SessionTransactionState.COMMITTED:
+            self._close(invalidate)  # the last step of a commit(), which is inside already
+            return
+        with cast("GuardedSession", self.session).ending():
+            self._close_streams()
+            self._close(invalidate)
+
+    def _close(self, invalidate: bool) -> None:  # noqa: FBT001  # as SQLAlchemy's
+        try:
+            super().close(invalidate)
+        except asyncio.CancelledError:
+            # It is raised behind a ROLLBACK that has run to its end, before the connection has gone back.
+            super().close(invalidate)
+            raise
 
     def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
         guard = cast("GuardedSession", self.session).guard
+        connect = partial(super()._connection_for_bind, *arguments, **keywords)
+        if arguments[0] not in self._connections:
+            return _on_account(guard, connect)
         guard.refuse_overdue()
-        token = paying.set(guard.account)
-        try:
-            connection = super()._connection_for_bind(*arguments, **keywords)
-        finally:
-            paying.reset(token)
-        # Connecting may have used up the rest, while the alarm has found nothing in hand to sever.
-        guard.refuse_overdue()
-        return connection
+        return connect()
 
     def _ask_whether_aborted(self) -> None:
         """Raise if a savepoint cannot be released: of a RELEASE that has failed SQLAlchemy does not go back any more.
@@ -640,13 +727,58 @@ class GuardedTransaction(SessionTransaction):
             ],
         )
 
-    @contextmanager
-    def _ending(self) -> Generator[Guard]:
+    def _close_streams(self) -> None:
         session = cast("GuardedSession", self.session)
-        with session.ending():
-            if self.parent is None and session.guard.streams:
-                session.close_streams()
-            yield session.guard
+        if session.guard.streams and self.parent is None:
+            session.close_streams()
+
+
+class _Ending:
+    """See ``GuardedSession.ending()``. A class: entered some three times in each unit."""
+
+    __slots__ = ("_session",)
+
+    def __init__(self, session: GuardedSession) -> None:
+        self._session = session
+
+    def __enter__(self) -> None:
+        self._session.guard.enter()
+
+    def __exit__(self, *_exception: object) -> None:
+        guard = self._session.guard
+        guard.leave()
+        if guard.hooks.due and not guard.hooks_wait and guard.inside is None and in_greenlet():
+            await_only(run_to_completion(self._session.run_due()))
+
+
+def _is_trouble(error: SQLAlchemyError) -> bool:
+    """Whether *error* comes from the database, not from us."""
+    return isinstance(error, DBAPIError) and not _is_ours(error)
+
+
+def _is_ours(error: SQLAlchemyError) -> bool:
+    return isinstance(error, StanchError) and not isinstance(error, DeadlinePassed)
+
+
+def _on_account(
+    guard: Guard, connect: Callable[..., Connection], *arguments: Any, **keywords: Any
+) -> Connection:
+    """What *connect* gives, on the account and within the deadline of *guard*."""
+    if guard.deadline is not None:
+        guard.refuse_overdue()
+    token = paying.set(guard.account)
+    try:
+        connection = connect(*arguments, **keywords)
+    finally:
+        paying.reset(token)
+    if guard.deadline is not None:
+        # Connecting may have used up the rest, while the alarm has found nothing in hand to sever.
+        guard.refuse_overdue()
+    return connection
+
+
+def _fetches_bit_by_bit(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("stream_results") or options.get("yield_per"))
 
 
 def _is_consequence(error: SQLAlchemyError, transaction: SessionTransaction) -> bool:
@@ -660,7 +792,11 @@ def guarded(session_class: type[AsyncSession], terms: Terms) -> type[GuardedSess
     """The guarded form of the sync class that *session_class* drives; a user's own class keeps its methods."""
     base = session_class.sync_session_class
     bases = (base,) if issubclass(base, GuardedSession) else (GuardedSession, base)
-    return type(f"Guarded{base.__name__}", bases, {"terms": terms})
+    plainly = session_class.close is AsyncSession.close and base.close in (
+        Session.close,
+        GuardedSession.close,
+    )
+    return type(f"Guarded{base.__name__}", bases, {"terms": terms, "closes_plainly": plainly})
 
 
 def guard_of(session: AsyncSession) -> Guard:
@@ -702,9 +838,8 @@ def _table_of(statement: Any) -> str:
 def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
     # Also told for a savepoint that is released, and then the connection is still out: only noted here.
     own = cast("GuardedSession", session)
-    savepoint = session.get_nested_transaction()
-    frame = own.guard.hooks.find(savepoint or session.get_transaction())
-    if frame is not None:
+    savepoint, hooks = session.get_nested_transaction(), own.guard.hooks
+    if hooks.frames and (frame := hooks.find(savepoint or session.get_transaction())) is not None:
         frame.outcome = Outcome.COMMITTED
     if savepoint is None and own.in_transaction_on_server():
         own.guard.committed = own.guard.commits = True
@@ -714,8 +849,9 @@ def _note_commit(session: Session) -> None:  # pyright: ignore[reportUnusedFunct
 def _end_frame(session: Session, transaction: SessionTransaction) -> None:  # pyright: ignore[reportUnusedFunction]  # registered
     own = cast("GuardedSession", session)
     guard = own.guard
-    frame = guard.hooks.ended(transaction, parent=transaction.parent)
-    if transaction.parent is None:
+    parent = transaction.parent
+    frame = guard.hooks.ended(transaction, parent=parent) if guard.hooks.frames else None
+    if parent is None:
         own.note_end(transaction, frame)
         guard.forget_writes()
     elif transaction.nested and frame is not None and frame.outcome is not Outcome.COMMITTED:

@@ -15,7 +15,7 @@ from stanch.values import Value
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_REMEMBERED: Final = 512
+REMEMBERED: Final = 512
 """Texts whose judgement is kept; an app has some hundred statements, and a generated one is judged anew."""
 
 
@@ -178,7 +178,7 @@ def _writing_function() -> re.Pattern[str]:
     return re.compile(_WRITING_FUNCTIONS, re.VERBOSE)
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=REMEMBERED)
 def objection_to_reading(sql: str) -> str | None:
     r"""Why *sql* is not certainly a statement that only reads, in a few words; None if it is.
 
@@ -311,7 +311,7 @@ def only_locks(sql: str) -> bool:
     return bool(objections) and all(objection.startswith("FOR ") for objection in objections)
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=REMEMBERED)
 def suspicion_by_words(sql: str) -> Suspicion | None:
     """What in the words of *sql* may write rows or tables; None for what only reads, locks, or sets something.
 
@@ -326,7 +326,7 @@ def suspicion_by_words(sql: str) -> Suspicion | None:
     return None if keyword in _HARMLESS else Suspicion(keyword, keyword in _CERTAINLY_WRITING)
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=REMEMBERED)
 def suspicion(sql: str) -> Suspicion | None:
     r"""The same, and for what only reads by its words: the first function of which only the server knows.
 
@@ -377,7 +377,7 @@ _SHORTER: Final = (
 """What makes two texts of one statement alike; the last are values that need no quotes."""
 
 
-@lru_cache(maxsize=_REMEMBERED)
+@lru_cache(maxsize=REMEMBERED)
 def shape_of(sql: str) -> str:
     r"""*sql* without its literals and comments, with single spaces; a list of literals or of parameters is one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -168,7 +169,8 @@ async def reader_of(connection: HTTPConnection, database: Database[Any] | str | 
 def attend(connection: HTTPConnection) -> Unit:
     """The unit of *connection*, told who asks: its route, and the request that has the body cached."""
     unit = unit_of(connection.scope)
-    if isinstance(connection, Request):
+    # The type first: HTTPConnection is an abstract base class, to ask for an instance of which is dear.
+    if type(connection) is Request or isinstance(connection, Request):
         unit.connection = connection
     unit.holder = _holder(connection.scope)
     return unit
@@ -200,7 +202,7 @@ def _holder(scope: Mapping[str, Any]) -> str:
     """The route in words. The template, not the path: what stands in a path may be a secret."""
     method = scope.get("method", "WEBSOCKET")
     # Of any word a client sends as its method a route for all methods would else make a holder, and a time series.
-    return f"{method if method in _METHODS else 'OTHER'} {template_of(scope, routes_around(scope))}"
+    return f"{method if method in _METHODS else 'OTHER'} {template_of(scope, partial(routes_around, scope))}"
 
 
 # Replies --------------------------------------------------------------------------------------------------

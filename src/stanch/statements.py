@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Never
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ from stanch.callers import place_of_caller
 from stanch.errors import SessionStateRefused
 from stanch.reading import Readers
 from stanch.session_state import INFO_KEY, State, session_state_of
-from stanch.sqltext import suspicion, suspicion_by_words
+from stanch.sqltext import REMEMBERED, objection_to_reading, suspicion, suspicion_by_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,20 +31,23 @@ def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> No
     That is session state, and what may have written although no session knows.
 
     ``Dialect.do_execute`` and its two variants are public, and whatever the ORM, Core or a driver-level statement
-    sends passes here, lazy loads included. Each judgement costs a look-up by the text of the statement.
+    sends passes here, lazy loads included. What is judged once costs a look-up by the text of the statement.
     """
     dialect = engine.dialect
     refuse_writes = Readers(dialect).refuse_writes
     is_server = dialect.name == "postgresql"
     state_of = session_state_of if is_server else _stateless
     suspicion_of = suspicion if is_server else suspicion_by_words  # a function of SQLite's cannot write
+    is_harmless = _unobjectionable(objection_to_reading, state_of, suspicion_of)
     found = _note_state if settings.pooler is None else _refuse_state
 
     def look(statement: str, rows: Sequence[Any], context: ExecutionContext) -> None:
-        refuse_writes(statement, context)
         # The compiled text is the same object each time, so its hash is known, and IN lists are not expanded in it;
         # what was executed as a string has none.
         text = statement if (compiled := context.compiled) is None else compiled.string
+        if is_harmless(text):
+            return  # as most of what is sent, and whoever sends it
+        refuse_writes(statement, context)
         if state_of(text):
             for state in state_of(statement):
                 if not (state.local_if and all(_is_true(state.local_if, row) for row in rows)):
@@ -68,6 +72,16 @@ def judge_statements(engine: Engine, settings: Settings, sending: Sending) -> No
     dialect.do_execute = do_execute  # type: ignore[method-assign,assignment]  # the seam itself, on this instance only
     dialect.do_executemany = do_executemany  # type: ignore[method-assign,assignment]  # likewise
     dialect.do_execute_no_params = do_execute_no_params  # type: ignore[method-assign,assignment]  # likewise
+
+
+def _unobjectionable(*judgements: Callable[[str], object]) -> Callable[[str], bool]:
+    """Whether a text only reads and leaves nothing behind: none of *judgements* finds anything in it. Remembered."""
+
+    @lru_cache(maxsize=REMEMBERED)
+    def is_harmless(text: str) -> bool:
+        return not any(found(text) for found in judgements)
+
+    return is_harmless
 
 
 def doubts_on(connection: Connection) -> Sequence[str]:

@@ -8,14 +8,14 @@ out on a connection of its own (PostgreSQL manual, *Canceling Requests in Progre
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from stanch.callers import current_loop
 from stanch.drivers.base import DRAIN_TIMEOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Awaitable, Callable
 
     from stanch.drivers import Driver
 
@@ -45,14 +45,19 @@ def stop(driver: Driver, connection: Any) -> bool:
     return request is not None
 
 
-@contextmanager
-def committing(connection: Any) -> Generator[None]:
+class committing:  # noqa: N801  # reads as the verb it is: with committing(connection)
     """COMMIT is on its way on *connection* meanwhile: ``stop()`` severs it, and asks the server for nothing."""
-    _committing.add(id(connection))
-    try:
-        yield
-    finally:
-        _committing.discard(id(connection))
+
+    __slots__ = ("_id",)
+
+    def __init__(self, connection: Any) -> None:
+        self._id = id(connection)
+
+    def __enter__(self) -> None:
+        _committing.add(self._id)
+
+    def __exit__(self, *_: object) -> None:
+        _committing.discard(self._id)
 
 
 async def all_sent() -> None:

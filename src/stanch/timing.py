@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stanch.callers import place_of_caller
 from stanch.events import RepeatedStatement, SlowStatement
-from stanch.pool import checkout_of
+from stanch.pool import adapted, checkout_of
 from stanch.sqltext import shape_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Clock:
                 return
             started = checkout.running_since = clock()
             try:
-                end(connection)
+                end(adapted(connection))
             finally:
                 checkout.running_since = None
                 seconds = clock() - started

@@ -15,7 +15,7 @@ from weakref import ReferenceType, ref
 
 from sqlalchemy.ext.asyncio import async_session
 
-from stanch.callers import NOWHERE, place_of_caller
+from stanch.callers import NOWHERE, place_of_asker
 from stanch.events import ConnectionLeaked, HeldIdle, LeakReturned, SessionDropped
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Tracker(Untracked):
 
     def taken(self, checkout: Checkout) -> None:
         """*checkout* has gone out to the caller, who is on the stack."""
-        place = place_of_caller()
+        place = place_of_asker(checkout.task)
         checkout.place = checkout.place_of_opener() if place is NOWHERE else place
 
     def returned(self, checkout: Checkout, held: float) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sqlalchemy import text
@@ -13,16 +12,18 @@ from stanch.completion import run_to_completion
 from stanch.deadlines import earlier, give_reason, to_tidy_up, under
 from stanch.errors import ConfigError, TransactionAborted
 from stanch.events import TeardownFailed, WorkDropped
-from stanch.sessions import guard_of, guarded_session
+from stanch.sessions import guarded_session
 from stanch.stopping import stop
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
     from stanch.deadlines import Deadline
     from stanch.drivers import Driver
+    from stanch.events import Event
+    from stanch.settings import Settings
 
 IsolationLevel = Literal["READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
@@ -69,17 +70,12 @@ class Ending:
     inside; when the time is over the connection is severed, which sends them out with a disconnect error.
     """
 
-    __slots__ = ("_alarm", "_commit_timeout", "_observers", "_stop", "_timeout", "session")
+    __slots__ = ("_alarm", "_guard", "_sync", "session")
 
     def __init__(self, session: AsyncSession) -> None:
-        terms = guarded_session(session).terms
         self.session = session
-        # Where COMMIT does not pass our seam, or has two phases, nobody can tell whether it is on its way.
-        knows = terms.judges_statements and not guarded_session(session).twophase
-        self._stop = partial(stop, terms.driver) if knows else terms.driver.sever
-        self._observers = terms.observers
-        self._timeout = terms.settings.close_timeout
-        self._commit_timeout = terms.settings.commit_timeout
+        self._sync = guarded_session(session)
+        self._guard = self._sync.guard
         self._alarm: asyncio.TimerHandle | None = None
 
     def keep_to(self, deadline: Deadline | None) -> None:
@@ -89,18 +85,17 @@ class Ending:
         ``CommitUnknown``), and so is every later use of the session. What is neither in a transaction nor waiting
         has nothing in hand and is not disturbed. Rolling back and closing stay possible.
         """
-        guard = guard_of(self.session)
-        kept = earlier(guard.deadline, deadline)
-        if kept is None or kept is guard.deadline:
+        kept = earlier(self._guard.deadline, deadline)
+        if kept is None or kept is self._guard.deadline:
             return
         self.lift_deadline()
-        guard.deadline = kept
+        self._guard.deadline = kept
         # A hair later: when the alarm comes, whoever asks finds that the deadline has passed.
         self._alarm = asyncio.get_running_loop().call_later(kept.remaining() + 0.001, self._cut_short, kept)
 
     def lift_deadline(self) -> None:
         """Let the session go on without a deadline."""
-        guard_of(self.session).deadline = None
+        self._guard.deadline = None
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
@@ -108,31 +103,31 @@ class Ending:
     async def commit(self) -> None:
         """Flush, then COMMIT; raises what made it fail."""
         await self.everyone_out()
-        if guarded_session(self.session).has_pending():
+        if self._sync.has_pending():
             # What an earlier error has aborted is refused by the commit below, which has the word for it.
-            with self._severed_after(self._commit_timeout), suppress(TransactionAborted):
+            with _Severed(self, self._settings.commit_timeout), suppress(TransactionAborted):
                 await self.session.flush()
             # A stream's next statement may have come in while the flush was under way.
             await self.everyone_out()
-        # COMMIT bounds itself and tells why; a before_commit listener of the user's does not.
-        with self._severed_after(self._commit_timeout + self._timeout):
+        # COMMIT bounds itself and tells why; what listeners of the user's do before it and after it does not.
+        with _Severed(self, self._settings.commit_timeout + self._settings.close_timeout):
             await self.session.commit()
-        if writes := guarded_session(self.session).unsaved():
+        if self._sync.in_transaction() and (writes := self._sync.unsaved()):
             # A callback was given this very session, of whose end it was told. What comes next is a rollback.
-            guard = guard_of(self.session)
-            self._observers.tell(WorkDropped(database=guard.database, holder=guard.holder, writes=writes))
+            self._tell(WorkDropped(database=self._guard.database, holder=self._guard.holder, writes=writes))
 
     async def prepare(self) -> None:
         """Flush, and provoke what else can fail before COMMIT: PostgreSQL's deferred constraints."""
         await self.everyone_out()
-        with self._severed_after(self._commit_timeout):
+        with _Severed(self, self._settings.commit_timeout):
             await self.session.flush()
             if self.session.get_bind().dialect.name == "postgresql":
                 await self.session.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
 
     async def roll_back(self) -> None:
         """ROLLBACK; what was only read keeps its state. A failure is told, not raised: nothing is stored anyway."""
-        await self._quietly(self._roll_back)
+        if self._sync.in_transaction() or self._guard.inside is not None:
+            await self._quietly(self._roll_back)
 
     async def end(self, *, commit: bool) -> None:
         """Commit or roll back; raises only what made the commit fail."""
@@ -142,17 +137,38 @@ class Ending:
         finally:
             await self.roll_back()  # nothing is left to do after a COMMIT that succeeded
 
+    @property
+    def closes_at_once(self) -> bool:
+        """Whether nothing has to be awaited to close the session: it holds nothing, and nothing waits for its end."""
+        guard, sync_session = self._guard, self._sync
+        return not (sync_session.in_transaction() or guard.inside is not None or guard.hooks) and (
+            sync_session.closes_plainly
+        )
+
     async def close(self) -> None:
         """Close the session for good. A failure is told, not raised: the outcome was decided before."""
         try:
-            await self._quietly(self.session.close)
+            if self.closes_at_once:
+                self.close_at_once()
+            else:
+                await self._quietly(self.session.close)
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+
+    def close_at_once(self) -> None:
+        """The same where it ``closes_at_once``: nothing can cut it short, so it needs no task out of reach."""
+        try:
+            self._sync.close()
+        except Exception as error:  # noqa: BLE001  # as when it is awaited
+            self._tell_failed(error)
         finally:
             if self._alarm is not None:
                 self._alarm.cancel()
 
     async def release(self, savepoint: AsyncSessionTransaction) -> None:
         """Flush, and release *savepoint*: its work is now that of the transaction around it."""
-        with self._severed_after(self._commit_timeout):
+        with _Severed(self, self._settings.commit_timeout):
             await savepoint.commit()
 
     async def roll_back_to(self, savepoint: AsyncSessionTransaction) -> None:
@@ -161,11 +177,11 @@ class Ending:
 
     async def everyone_out(self) -> None:
         """Wait until no task is inside the session; after the timeout its connection is severed first."""
-        guard = guard_of(self.session)
+        guard = self._guard
         if guard.inside is None:
             return
         with under(guard.deadline):
-            timeout = to_tidy_up(self._timeout)
+            timeout = to_tidy_up(self._settings.close_timeout)
         alarm = asyncio.get_running_loop().call_later(timeout, self._turn_out)
         try:
             await guard.left()
@@ -174,11 +190,11 @@ class Ending:
 
     def _turn_out(self) -> None:
         # Whoever is sent out by the severing must not come straight in again, or left() would never end.
-        guard_of(self.session).barred = True
-        self._sever()
+        self._guard.barred = True
+        self.sever()
 
     async def _roll_back(self) -> None:
-        sync_session = guarded_session(self.session)
+        sync_session = self._sync
         transaction = sync_session.get_transaction()
         if transaction is None:
             return
@@ -191,35 +207,65 @@ class Ending:
     async def _quietly(self, ending: Callable[[], Awaitable[None]]) -> None:
         try:
             await self.everyone_out()
-            with under(guard_of(self.session).deadline), self._severed_after(to_tidy_up(self._timeout)):
+            with under(self._guard.deadline), _Severed(self, to_tidy_up(self._settings.close_timeout)):
                 await ending()
         except Exception as error:  # noqa: BLE001  # told in full; raising would hide the error under way
-            guard = guard_of(self.session)
-            self._observers.tell(TeardownFailed(database=guard.database, holder=guard.holder, error=error))
+            self._tell_failed(error)
 
-    @contextmanager
-    def _severed_after(self, timeout: float) -> Generator[None]:
-        alarm = asyncio.get_running_loop().call_later(timeout, self._sever)
-        try:
-            yield
-        finally:
-            alarm.cancel()
+    def _tell_failed(self, error: Exception) -> None:
+        self._tell(TeardownFailed(database=self._guard.database, holder=self._guard.holder, error=error))
+
+    def _tell(self, event: Event) -> None:
+        self._sync.terms.observers.tell(event)
+
+    @property
+    def _settings(self) -> Settings:
+        return self._sync.terms.settings
 
     def _cut_short(self, deadline: Deadline) -> None:
-        guard = guard_of(self.session)
-        for connection in guarded_session(self.session).driver_connections():
+        guard = self._guard
+        for connection in self._sync.driver_connections():
             ran = self._stop(connection) or guard.inside is not None
             when = "a statement was running" if ran else "its transaction was open"
             what = f"{guard.holder}: {deadline} passed while {when}; its connection was severed"
             give_reason(connection, deadline, what)
 
-    def _sever(self) -> None:
-        for connection in guarded_session(self.session).driver_connections():
+    def sever(self) -> None:
+        """Cut off what the session holds, and have the server stop what it does for it."""
+        for connection in self._sync.driver_connections():
             self._stop(connection)
+
+    def _stop(self, connection: Any) -> bool:
+        """Whether a statement was running on *connection*, as far as can be known; it is severed."""
+        terms = self._sync.terms
+        # Where COMMIT does not pass our seam, or has two phases, nobody can tell whether it is on its way.
+        if terms.judges_statements and not self._sync.twophase:
+            return stop(terms.driver, connection)
+        terms.driver.sever(connection)
+        return False
+
+
+class _Severed:
+    """What the session of *ending* holds is severed if the block lasts longer than *timeout* seconds."""
+
+    __slots__ = ("_alarm", "_ending", "_timeout")
+
+    def __init__(self, ending: Ending, timeout: float) -> None:
+        self._ending = ending
+        self._timeout = timeout
+
+    def __enter__(self) -> None:
+        self._alarm = asyncio.get_running_loop().call_later(self._timeout, self._ending.sever)
+
+    def __exit__(self, *_exception: object) -> None:
+        self._alarm.cancel()
 
 
 async def finish(ending: Ending, *, commit: bool) -> None:
     """Commit or roll back, then close, out of reach of cancellation; raises only what made the commit fail."""
+    if not commit and ending.closes_at_once:
+        ending.close_at_once()
+        return
 
     async def go() -> None:
         try:
@@ -228,3 +274,11 @@ async def finish(ending: Ending, *, commit: bool) -> None:
             await ending.close()
 
     await run_to_completion(go())
+
+
+async def close_for_good(ending: Ending) -> None:
+    """Close without having ended anything, out of reach of cancellation; what that drops is told."""
+    if ending.closes_at_once:
+        ending.close_at_once()
+    else:
+        await run_to_completion(ending.close())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from stanch.completion import run_to_completion
 from stanch.deadlines import earlier
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from stanch.database import Database
     from stanch.deadlines import Deadline
-    from stanch.sessions import GuardedSession
 
     class Line(Protocol):
         """The watched line to a client, which must end before anything is committed."""
@@ -51,8 +49,13 @@ class Kind(Enum):
     WEBSOCKET = "websocket"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+# Python 3.11 finds a member of an enum by a function of its own, at each use.
+_READ: Final = Mode.READ
+_AUTO: Final = Mode.AUTO
+_WEBSOCKET: Final = Kind.WEBSOCKET
+
+
+class Wish(NamedTuple):
     """What one place of the app asks of the unit's session. *source* names the place in a conflict.
 
     >>> reader = Wish(source="ReaderDep", mode=Mode.READ)
@@ -69,7 +72,12 @@ class Wish:
     @property
     def reads_alone(self) -> bool:
         """Whether each statement may stand alone: nothing was asked for that only a transaction can give."""
-        return self.mode is Mode.READ and self.isolation_level is None and not self.read_only
+        return self.mode is _READ and self.isolation_level is None and not self.read_only
+
+    @property
+    def is_common(self) -> bool:
+        """Whether its transaction is one as the engine's own."""
+        return self.mode is not _READ and self.isolation_level is None and not self.read_only
 
     def join(self, other: Wish) -> Wish:
         """Both wishes as one: the stronger mode and isolation, the earlier deadline; ``read_only`` bans writers.
@@ -101,16 +109,21 @@ def _strength(level: IsolationLevel | None) -> int:
 class Charge:
     """One database's session in a unit, and what was asked of it."""
 
-    __slots__ = ("database", "ending", "session", "wish")
+    __slots__ = ("_guard", "_sync", "database", "ending", "session", "wish")
 
     def __init__(self, database: Database[Any], wish: Wish, holder: str) -> None:
         self.database = database
         self.wish = wish
         self.session: AsyncSession = database.new_session(holder)
+        self._sync = guarded_session(self.session)
+        self._guard = self._sync.guard
         self.ending = Ending(self.session)
-        self.ending.keep_to(wish.deadline)
-        self._apply_options()
-        self._promise()
+        if wish.deadline is not None:
+            self.ending.keep_to(wish.deadline)
+        if not wish.is_common:
+            self._apply_options()
+        if wish.mode is _AUTO:
+            self._guard.owners.append(self._promise())
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
@@ -125,22 +138,27 @@ class Charge:
                 f"{wish.source} asks for another transaction than {self.wish.source} has already begun",
                 remedies=["Put @unit(...) on the endpoint: it is known before any dependency runs a query."],
             )
-        starts_writing = self.wish.mode is Mode.READ is not joined.mode
+        starts_writing = self.wish.mode is _READ is not joined.mode
         self.wish = joined
         self.ending.keep_to(joined.deadline)
         if starts_writing and begun:
             await self.ending.roll_back()  # clean, and begun READ ONLY; what was read stays usable
         if stronger or starts_writing:
             self._apply_options()
-        self._promise()
+        if joined.mode is _AUTO and (promise := self._promise()) not in self._guard.owners:
+            self._guard.owners.insert(
+                0, promise
+            )  # outermost, though a block was opened before anybody wished
 
     @property
     def quiet(self) -> bool:
         """Nothing is begun, nothing pending: there is nothing to settle, and it costs nothing to say so."""
-        session = self._sync
-        return not (
-            session.guard.inside or session.in_transaction() or session.has_pending() or session.guard.dropped
-        )
+        return self._sync.is_at_rest and not self._guard.dropped
+
+    @property
+    def marked(self) -> bool:
+        """Whether ``rollback_only`` marks what is settled next."""
+        return self._guard.rollback_only
 
     @property
     def unsaved(self) -> tuple[str, ...]:
@@ -154,50 +172,43 @@ class Charge:
 
     def take_dropped(self) -> tuple[str, ...]:
         """What the handler has dropped by closing the session itself; told once."""
-        guard = self._sync.guard
-        dropped, guard.dropped = guard.dropped, ()
+        dropped, self._guard.dropped = self._guard.dropped, ()
         return dropped
 
     @property
     def holder(self) -> str:
         """Whose session it is, in words."""
-        return self._sync.guard.holder
+        return self._guard.holder
 
     def take_rollback_only(self) -> bool:
-        """Whether ``rollback_only`` marks what is settled now; the mark is spent."""
-        marked, self._sync.guard.rollback_only = self._sync.guard.rollback_only, False
+        """The same, and the mark is spent."""
+        marked, self._guard.rollback_only = self._guard.rollback_only, False
         return marked
 
     def hold_callbacks(self) -> None:
         """Let callbacks wait, also those that are due."""
-        self._sync.guard.hooks_wait = True
+        self._guard.hooks_wait = True
 
     async def run_callbacks(self) -> None:
         """Run those that are due, and no longer let any wait."""
         await self._sync.run_due()
-
-    @property
-    def _sync(self) -> GuardedSession:
-        return guarded_session(self.session)
 
     def _apply_options(self) -> None:
         wish, session = self.wish, self._sync
         if wish.reads_alone:
             session.start_reading()
             return
-        if session.guard.reading:
+        if self._guard.reading:
             session.stop_reading()
         # Who asked to read and needs a transaction for it gets one in which the server refuses what we cannot see.
-        session.guard.connection_options = connection_options(
+        self._guard.connection_options = connection_options(
             self.database.driver,
             isolation_level=wish.isolation_level,
-            read_only=wish.read_only or wish.mode is Mode.READ,
+            read_only=wish.read_only or wish.mode is _READ,
         )
 
-    def _promise(self) -> None:
-        promise, owners = Owner(f"{self.holder}, which commits at its end"), self._sync.guard.owners
-        if self.wish.mode is Mode.AUTO and promise not in owners:
-            owners.insert(0, promise)  # outermost, also where a block was opened before anybody wished for it
+    def _promise(self) -> Owner:
+        return Owner(f"{self.holder}, which commits at its end")
 
 
 class Unit:
@@ -222,7 +233,7 @@ class Unit:
     def __init__(self, databases: Sequence[Database[Any]], *, kind: Kind) -> None:
         self.databases = databases
         self.kind = kind
-        self.mode = Mode.AUTO
+        self.mode = _AUTO
         self.unsaved: Unsaved = "warn"
         self.deadline: Deadline | None = None
         """When the reply must be on its way; for every session of the unit."""
@@ -244,16 +255,10 @@ class Unit:
         It holds no connection until its first statement. ``PoolOverloaded`` if whoever asked for one now would be
         refused.
         """
-        if self.kind is Kind.WEBSOCKET and wish.mode is Mode.AUTO:
-            # Another socket's broadcast passes through this socket's send: no message can mean "commit".
-            wish = replace(wish, mode=Mode.MANUAL)
-        if self.kind is Kind.WEBSOCKET and wish.deadline is not None:
-            raise ConfigError(
-                f"{wish.deadline.source} was given for {self.holder}: a websocket lasts as long as its peer wants",
-                remedies=["Give each message a deadline: async with db.transaction(timeout=...) as session."],
-            )
+        if self.kind is _WEBSOCKET:
+            wish = self._of_a_websocket(wish)
         if self.deadline is not None:
-            wish = replace(wish, deadline=earlier(self.deadline, wish.deadline))
+            wish = wish._replace(deadline=earlier(self.deadline, wish.deadline))
         charge = self._charges.get(id(database))
         if charge is None:
             database.refuse_overload(
@@ -264,10 +269,21 @@ class Unit:
             await charge.join(wish)
         return charge.session
 
+    def _of_a_websocket(self, wish: Wish) -> Wish:
+        if wish.deadline is not None:
+            raise ConfigError(
+                f"{wish.deadline.source} was given for {self.holder}: a websocket lasts as long as its peer wants",
+                remedies=["Give each message a deadline: async with db.transaction(timeout=...) as session."],
+            )
+        # Another socket's broadcast passes through this socket's send: no message can mean "commit".
+        return wish._replace(mode=Mode.MANUAL) if wish.mode is _AUTO else wish
+
     def database(self, wanted: Database[Any] | str | None) -> Database[Any]:
         """The database *wanted*, by itself or its name, or the first; ``NotInstalled`` if it is not among ours."""
+        if wanted is None and self.databases:
+            return self.databases[0]
         for database in self.databases:
-            if wanted is None or wanted in (database, database.name):
+            if wanted in (database, database.name):
                 return database
         name = wanted if isinstance(wanted, str) else getattr(wanted, "name", None)
         known = ", ".join(repr(database.name) for database in self.databases) or "none"
@@ -282,7 +298,7 @@ class Unit:
     def will_commit(self, database: Database[Any]) -> bool:
         """Whether success commits the session of *database*."""
         charge = self._charges.get(id(database))
-        return charge is not None and charge.wish.mode is Mode.AUTO
+        return charge is not None and charge.wish.mode is _AUTO
 
     async def vacate(self, database: Database[Any]) -> None:
         """Wait, as before a commit, until no task is inside the session of *database*."""
@@ -293,12 +309,22 @@ class Unit:
         return [
             charge.database.name
             for charge in self._in_order()
-            if charge.wish.mode is Mode.AUTO and charge.unsaved
+            if charge.wish.mode is _AUTO and charge.unsaved
         ]
 
     def adopt(self, databases: Sequence[Database[Any]]) -> None:
         """Put the databases of an app mounted inside before the others: its default is its own first."""
         self.databases = [*databases, *(other for other in self.databases if other not in databases)]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether ``settle()`` would find nothing to do."""
+        if self.line is not None:
+            return False
+        for charge in self._charges.values():  # noqa: SIM110  # a generator costs more than what it would ask
+            if charge.marked or not charge.quiet:
+                return False
+        return True
 
     async def settle(self, *, commit: bool) -> None:
         """Commit or roll back what every session has done so far, and give all connections back.
@@ -320,12 +346,19 @@ class Unit:
         """The reply is on its way: what its body and background tasks do is no longer bound by its deadline."""
         self.deadline = None
         for charge in self._charges.values():
-            charge.ending.lift_deadline()
+            if charge.wish.deadline is not None:
+                charge.ending.lift_deadline()
 
     async def close(self, *, well: bool) -> None:
         """Settle what was done since the reply (commit if the call ended *well*), then close every session."""
-        if self._charges:
+        if not self._charges:
+            return
+        if not self.quiet or not self._closes_at_once:
             await run_to_completion(self._close(well=well))
+            return
+        for charge in self._in_order():
+            charge.ending.close_at_once()
+        self._charges.clear()
 
     async def pause(self) -> None:
         """Before a websocket waits for its peer: give connections back; ``UnsavedWrites`` if there are writes."""
@@ -341,7 +374,16 @@ class Unit:
 
     # Private --------------------------------------------------------------------------------------------
 
+    @property
+    def _closes_at_once(self) -> bool:
+        for charge in self._charges.values():  # noqa: SIM110  # as in quiet
+            if not charge.ending.closes_at_once:
+                return False
+        return True
+
     def _in_order(self) -> list[Charge]:
+        if len(self._charges) < 2:  # one alone is in order
+            return [*self._charges.values()]
         order = {id(database): position for position, database in enumerate(self.databases)}
         return sorted(self._charges.values(), key=lambda charge: order.get(id(charge.database), len(order)))
 
@@ -353,8 +395,11 @@ class Unit:
                 await charge.ending.everyone_out()
             if commit:
                 saving = [charge for charge in charges if await self._is_to_commit(charge)]
-                await _prepare(saving)
-                await _commit_in_order(saving)
+                if len(saving) == 1:
+                    await saving[0].ending.commit()
+                else:
+                    await _prepare(saving)
+                    await _commit_in_order(saving)
         finally:
             for charge in charges:
                 await charge.ending.roll_back()
@@ -363,20 +408,18 @@ class Unit:
                 await charge.run_callbacks()
 
     async def _is_to_commit(self, charge: Charge) -> bool:
-        match charge.wish.mode:
-            case Mode.AUTO:
-                if dropped := charge.take_dropped():
-                    raise UnsavedWrites(
-                        f"{charge.holder} succeeded, but had closed its session with uncommitted writes"
-                        f" ({', '.join(dropped)})",
-                        remedies=["Do not close the unit's session: it is committed and closed for you."],
-                    )
-                return True
-            case Mode.READ:
-                refuse_changes(charge.session)
-            case Mode.MANUAL:
-                if self.unsaved != "ignore" and (writes := await charge.lost_without_commit()):
-                    self._tell_unsaved(charge, writes)
+        if charge.wish.mode is _AUTO:
+            if dropped := charge.take_dropped():
+                raise UnsavedWrites(
+                    f"{charge.holder} succeeded, but had closed its session with uncommitted writes"
+                    f" ({', '.join(dropped)})",
+                    remedies=["Do not close the unit's session: it is committed and closed for you."],
+                )
+            return True
+        if charge.wish.mode is _READ:
+            refuse_changes(charge.session)
+        elif self.unsaved != "ignore" and (writes := await charge.lost_without_commit()):
+            self._tell_unsaved(charge, writes)
         return False
 
     def _tell_unsaved(self, charge: Charge, writes: tuple[str, ...]) -> None:
@@ -401,8 +444,6 @@ class Unit:
 
 async def _prepare(saving: list[Charge]) -> None:
     """Before the first of several COMMITs, provoke what can still fail in any of them."""
-    if len(saving) == 1:
-        return
     for charge in saving:
         await charge.ending.prepare()
 

@@ -37,8 +37,7 @@ def undisturbed(call: Callable[..., T], *arguments: Any) -> T:
 class Watch:
     """Runs one blocking-style driver call within a timeout, out of reach of any cancellation.
 
-    For code that runs under SQLAlchemy's greenlet. ``passed`` tells afterwards whether the deadline cut the
-    connection; the error that the call then raised is the ``__cause__`` of ``DeadlinePassed``.
+    For code that runs under SQLAlchemy's greenlet.
     """
 
     __slots__ = ("_driver",)
@@ -49,35 +48,38 @@ class Watch:
     def run(self, call: Callable[..., T], *arguments: Any, connection: Any, timeout: float, what: str) -> T:
         """``call(*arguments)``, during which the driver's *connection* is severed after *timeout* seconds.
 
-        Raises ``DeadlinePassed``, naming *what* took too long, if the call failed because of that. If it
-        still succeeded, the result counts. A cancellation that came meanwhile is raised once the call is
-        over.
+        Raises ``DeadlinePassed``, naming *what* took too long, if the call failed because of that; what it raised
+        itself is the ``__cause__``. If it still succeeded, the result counts. A cancellation that came meanwhile is
+        raised once the call is over.
         """
-        guarded = _Guarded(self._driver, connection, timeout, what)
-        result: T = undisturbed(guarded.call, call, *arguments)
+        result: T = undisturbed(_Severing(self._driver, connection).run, timeout, what, call, *arguments)
         return result
 
+    def run_undisturbed(
+        self, call: Callable[..., T], *arguments: Any, connection: Any, timeout: float, what: str
+    ) -> T:
+        """As ``run()``, for what is ``undisturbed`` already."""
+        return _Severing(self._driver, connection).run(timeout, what, call, *arguments)
 
-class _Guarded:
-    """One call under one deadline."""
 
-    __slots__ = ("_connection", "_driver", "_passed", "_timeout", "_what")
+class _Severing:
+    """The end of one call's *connection*, if it takes too long."""
 
-    def __init__(self, driver: Driver, connection: Any, timeout: float, what: str) -> None:
+    __slots__ = ("_connection", "_driver", "_is_done")
+
+    def __init__(self, driver: Driver, connection: Any) -> None:
         self._driver = driver
         self._connection = connection
-        self._timeout = timeout
-        self._what = what
-        self._passed = False
+        self._is_done = False
 
-    def call(self, call: Callable[..., T], *arguments: Any) -> T:
-        alarm = asyncio.get_running_loop().call_later(self._timeout, self._sever)
+    def run(self, timeout: float, what: str, call: Callable[..., T], *arguments: Any) -> T:
+        alarm = asyncio.get_running_loop().call_later(timeout, self._sever)
         try:
             return call(*arguments)
         except Exception as error:
-            if self._passed:
+            if self._is_done:
                 raise DeadlinePassed(
-                    f"{self._what} took longer than {self._timeout:.2f} s; its connection was severed",
+                    f"{what} took longer than {timeout:.2f} s; its connection was severed",
                     remedies=[
                         "See what the server is doing: select * from pg_stat_activity where state <> 'idle'.",
                         "Check the network between the app and the server; a silent peer looks just like this.",
@@ -88,5 +90,5 @@ class _Guarded:
             alarm.cancel()
 
     def _sever(self) -> None:
-        self._passed = True
+        self._is_done = True
         self._driver.sever(self._connection)

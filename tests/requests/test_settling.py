@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response
@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from stanch import rollback_only
+from stanch.completion import OutOfReach
 from stanch.errors import UnitConflict, UnsavedWrites, WriteRefused
 from stanch.fastapi import DatabaseDep, ReaderDep, SessionDep, install, provide_session, unit
 from tests.requests.shop import Order, Shop, call, doom, write_order
@@ -43,6 +44,48 @@ async def count_users(session: ReaderDep) -> int:
 class OrderOut(BaseModel):
     id: int
     item: int  # on purpose not what the orders hold
+
+
+# What it costs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "tasks"), [("/unused", 0), ("/read", 0), ("/read-in-a-transaction", 1), ("/written", 1)]
+)
+async def test_a_request_takes_one_task_of_ours_to_commit_in_and_none_to_read(
+    each_shop: Shop, monkeypatch: pytest.MonkeyPatch, path: str, tasks: int
+) -> None:
+    """What holds nothing is settled and closed where the reply passes: there is nothing that could be cut short."""
+    begun: list[str] = []
+    begin = cast("Any", OutOfReach).__init__
+
+    def count(self: OutOfReach[Any], operation: Any, *arguments: Any) -> None:
+        begun.append(operation.__qualname__)
+        begin(self, operation, *arguments)
+
+    @each_shop.app.get("/unused")
+    async def unused(session: SessionDep) -> dict[str, int]:
+        return {}
+
+    @each_shop.app.get("/read")
+    async def read(users: Annotated[int, Depends(count_users)]) -> dict[str, int]:
+        return {"users": users}
+
+    @each_shop.app.get("/read-in-a-transaction")
+    async def read_in_a_transaction(orders: Annotated[int, Depends(count_orders)]) -> dict[str, int]:
+        return {"orders": orders}
+
+    @each_shop.app.get("/written")
+    async def write(session: SessionDep) -> dict[str, int]:
+        session.add(Order(id=1, item="tea"))
+        return {}
+
+    async with each_shop.client(each_shop.app) as client:
+        await client.get("/read-in-a-transaction")  # the connection is open from here on
+        monkeypatch.setattr(OutOfReach, "__init__", count)
+        assert (await client.get(path)).status_code == 200
+        monkeypatch.undo()
+    assert len(begun) == tasks, begun
 
 
 # Below 400 ------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ class FakeDriver(Driver):
         return not connection.is_open
 
     def is_idle(self, connection: Any) -> bool:
-        return not connection.is_busy
+        return connection.is_open and not connection.is_busy
 
     async def clean(self, connection: Any, sql: str) -> None:
         raise NotImplementedError

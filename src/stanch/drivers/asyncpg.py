@@ -2,7 +2,8 @@
 
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
-``Connection._top_xact`` (see `Connection`), ``Connection._cancel_current_command`` (see `_cancel_again`),
+``Connection._top_xact`` and ``_config.command_timeout`` (see `Connection`),
+``Connection._cancel_current_command`` (see `_cancel_again`),
 ``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), ``connect_utils._cancel`` with
 ``Connection._addr``, ``_params`` and ``backend_secret`` of its protocol (see ``sever_asking``), and
 ``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
@@ -98,7 +99,7 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
         """
         if query == "COMMIT;":
             # asyncpg's command_timeout would send a CancelRequest after a COMMIT; commit_timeout bounds it.
-            timeout = 1e6
+            timeout = None if _any(self)._config.command_timeout is None else 1e6  # noqa: SLF001  # see the docstring of the module
         begins = query.startswith("BEGIN")  # what asyncpg's Transaction.start() writes
         if begins:
             query += rides_on_begin(self)
@@ -291,9 +292,18 @@ class AsyncpgDriver(Driver):
 
     @override
     def is_idle(self, connection: Any) -> bool:
-        if connection.is_closed() or connection.is_in_transaction():
-            return False
-        return _Probe.finds_free(connection)
+        return self.has_nothing_to_undo(connection) and _Probe.finds_free(connection)
+
+    @override
+    def has_nothing_to_undo(self, connection: Any) -> bool:
+        return not (connection.is_closed() or connection.is_in_transaction())
+
+    @override
+    def let_stand_alone(self, adapted: Any) -> Callable[[Any], None] | None:
+        if adapted.isolation_level is not None:
+            return None  # it is the user's own, and SQLAlchemy knows what to go back to
+        adapted.set_isolation_level("autocommit")
+        return _with_begin
 
     @override
     async def clean(self, connection: Any, sql: str) -> None:
@@ -306,6 +316,11 @@ class AsyncpgDriver(Driver):
     @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:
         pass
+
+
+def _with_begin(adapted: Any) -> None:
+    """Undo ``let_stand_alone``: a transaction has the level that the server begins one with."""
+    adapted.set_isolation_level(None)
 
 
 def _hung_up(connection: Any) -> bool:

@@ -59,7 +59,8 @@ class Plan(Value):
 class Driver(Protocol):
     """One database driver, as far as stanch must know it. It holds no state; *connection* is the driver's own.
 
-    ``sever``, ``sever_asking``, ``looks_dead`` and ``is_idle`` never raise, wait or make a round trip.
+    ``sever``, ``sever_asking``, ``looks_dead``, ``is_idle``, ``has_nothing_to_undo`` and ``let_stand_alone`` never
+    raise, wait or make a round trip.
     """
 
     name: ClassVar[str]
@@ -100,6 +101,22 @@ class Driver(Protocol):
     def is_idle(self, connection: Any) -> bool:
         """Whether *connection* is open and neither in an operation nor in a transaction."""
         ...
+
+    def has_nothing_to_undo(self, connection: Any) -> bool:
+        """Whether *connection* is open and in no transaction, as far as the other side has told.
+
+        Cheaper than ``is_idle``, and less: an operation may be under way.
+        """
+        return self.is_idle(connection)
+
+    def let_stand_alone(self, adapted: Any) -> Callable[[Any], None] | None:
+        """From now on each statement on *adapted*, SQLAlchemy's idle connection, stands alone: AUTOCOMMIT.
+
+        What undoes that, to be called with *adapted* again. Neither sends anything. None if only SQLAlchemy's own way
+        is known, by which *adapted* is then as it was.
+        """
+        del adapted
+        return None
 
     async def clean(self, connection: Any, sql: str) -> None:
         """Execute *sql*, several statements, in one round trip and outside any transaction; *connection* is idle.

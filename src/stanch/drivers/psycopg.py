@@ -2,8 +2,8 @@
 
 Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`), and on
 ``waiting.wait_conn_async`` and ``generators.cancel``, by which psycopg's own ``cancel_safe()`` works (see ``_cancel``).
-Private names of psycopg's, in this module only: ``AsyncConnection._exec_command``, by which it sends BEGIN, and
-``_pipeline``, in which BEGIN may not be two statements.
+Private names of psycopg's, in this module only: ``AsyncConnection._exec_command``, by which it sends BEGIN,
+``_pipeline``, in which BEGIN may not be two statements, and ``_autocommit``, which says whether it sends any.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from stanch.settings import Settings
 
@@ -315,6 +316,19 @@ class PsycopgDriver(Driver):
         )
 
     @override
+    def has_nothing_to_undo(self, connection: Any) -> bool:
+        return bool(connection.pgconn.transaction_status == pq.TransactionStatus.IDLE)
+
+    @override
+    def let_stand_alone(self, adapted: Any) -> Callable[[Any], None] | None:
+        connection = adapted.driver_connection
+        # What set_autocommit() does of an idle connection, after it has waited for a lock that nobody holds.
+        if connection._autocommit or connection._pipeline is not None or not self.is_idle(connection):  # noqa: SLF001  # see the docstring of the module
+            return None
+        connection._autocommit = True  # noqa: SLF001  # likewise
+        return _with_begin
+
+    @override
     async def clean(self, connection: Any, sql: str) -> None:
         autocommit = connection.autocommit
         await connection.set_autocommit(True)  # else psycopg would send BEGIN first
@@ -339,9 +353,22 @@ class PsycopgDriver(Driver):
         dialect = engine.sync_engine.dialect
         dialect.has_terminate = True
         dialect.do_terminate = self._terminate  # type: ignore[method-assign]  # on this instance only
+        roll_back = dialect.do_rollback
+
+        # psycopg sends nothing either where there is nothing to undo; but it takes a lock, and a turn of the greenlet.
+        def do_rollback(dbapi_connection: PoolProxiedConnection) -> None:
+            if not self.has_nothing_to_undo(dbapi_connection.driver_connection):
+                roll_back(dbapi_connection)
+
+        dialect.do_rollback = do_rollback  # type: ignore[method-assign]  # likewise
 
     def _terminate(self, dbapi_connection: DBAPIConnection) -> None:
         self.sever(dbapi_connection.driver_connection)
+
+
+def _with_begin(adapted: Any) -> None:
+    """Undo ``let_stand_alone``. What may be open or under way is the pool's to judge, which comes next."""
+    adapted.driver_connection._autocommit = False  # noqa: SLF001  # see the docstring of the module
 
 
 def _readable(descriptor: int) -> bool:
