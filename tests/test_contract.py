@@ -497,6 +497,19 @@ def test_psycopg_switches_autocommit_by_an_attribute_of_an_idle_connection() -> 
     assert "_pipeline" in calls(psycopg.AsyncConnection._check_intrans_gen)
 
 
+def test_asyncpg_prepares_every_statement_where_ours_listens_and_counts_what_it_executes() -> None:
+    asyncpg: Any = import_module("asyncpg")
+    connection = asyncpg.Connection
+    assert inspect.iscoroutinefunction(connection._get_statement)
+    source = inspect.getsource(connection)
+    within = inspect.getsource(connection._get_statement)
+    assert 0 < source.count("_protocol.prepare(") == within.count("_protocol.prepare(")
+    assert (
+        type(import_module("asyncpg.protocol.protocol").BaseProtocol.queries_count).__name__
+        == "getset_descriptor"
+    )
+
+
 def test_asyncpgs_adapter_begins_nothing_where_its_level_says_so() -> None:
     adapter: Any = import_module("sqlalchemy.dialects.postgresql.asyncpg").AsyncAdapt_asyncpg_connection
     assert calls(adapter.set_isolation_level) >= {"rollback", "isolation_level"}

@@ -812,7 +812,7 @@ class Pool(SQLAlchemyPool):
         driver_connection = slot.driver_connection
         if slot.generation != self.generation:
             self._drop(slot)
-        elif not self._driver.is_idle(driver_connection):
+        elif not (self._driver.is_idle(driver_connection) or self._finished(driver_connection)):
             # The driver is asked, not SQLAlchemy: what is mid-operation here would answer the next holder.
             is_gone = self._driver.looks_dead(driver_connection)
             self._drop(slot)
@@ -822,6 +822,15 @@ class Pool(SQLAlchemyPool):
                 )
         elif (states := slot.info.pop(INFO_KEY, None)) and not self._reset(slot, states):
             self._drop(slot)
+
+    def _finished(self, connection: Any) -> bool:
+        """Whether *connection* was only unfinished, and is idle now; if it could not be, somebody was told why."""
+        if not self._driver.is_unfinished(connection):
+            return False
+        finished = self._cleaned(connection, "")
+        if not finished:
+            self._driver.sever(connection)
+        return finished
 
     def _reset(self, slot: Slot, states: Mapping[State, Place]) -> bool:
         """Whether the session *states* that a unit left behind are gone; if not, somebody was told why."""

@@ -2,7 +2,8 @@
 
 asyncpg has no public word for "an operation is in progress". Private names, of asyncpg's and in this module only:
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
-``Connection._top_xact`` and ``_config.command_timeout`` (see `Connection`),
+``Connection._top_xact`` and ``_config.command_timeout`` (see `Connection`), ``Connection._get_statement`` with the
+``queries_count`` of its protocol (see `_awaits_sync`),
 ``Connection._cancel_current_command`` (see `_cancel_again`),
 ``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), ``connect_utils._cancel`` with
 ``Connection._addr``, ``_params`` and ``backend_secret`` of its protocol (see ``sever_asking``), and
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, cast
 from urllib.parse import urlencode
+from weakref import WeakKeyDictionary
 
 import asyncpg  # type: ignore[import-untyped]  # pyright: ignore[reportMissingTypeStubs]  # it ships no types
 from typing_extensions import override
@@ -82,6 +84,13 @@ class _TLSQuestion(_asyncpg.connect_utils.TLSUpgradeProto):  # type: ignore[misc
 _asyncpg.connect_utils.TLSUpgradeProto = _TLSQuestion
 
 
+_NOTHING: Final = "SELECT"
+"""The least that ends what an unexecuted statement began; the answer to "" asyncpg (to 0.32) does not understand."""
+
+_prepared: Final[WeakKeyDictionary[Any, int]] = WeakKeyDictionary()
+"""How many statements a connection had executed when it last prepared one; its own class has no room for that."""
+
+
 class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncpg is of type Any
     """An asyncpg connection whose COMMIT raises `stanch.errors.CommitRefused` when the server rolled back.
 
@@ -115,6 +124,14 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
             raise commit_refused("the server")
         return tag
 
+    async def _get_statement(self, *args: Any, **options: Any) -> Any:
+        """As asyncpg, which prepares without a Sync; until one comes, the server is in a transaction."""
+        try:
+            return await _any(super())._get_statement(*args, **options)  # noqa: SLF001  # see the docstring of the module
+        finally:
+            if not self.is_closed():  # asyncpg has no protocol then
+                _prepared[self] = _executed(self)
+
     async def _undo_begin(self) -> None:
         """Roll back what a cancelled BEGIN may have begun on the server all the same."""
         if await _free_in_time(self) and self.is_in_transaction():
@@ -122,6 +139,20 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
                 await _any(super()).execute("ROLLBACK;", timeout=DRAIN_TIMEOUT)
             except Exception:  # noqa: BLE001  # the failure of BEGIN is under way; this one costs the connection
                 self.terminate()
+
+
+def _executed(connection: Any) -> int:
+    count: int = connection._protocol.queries_count  # noqa: SLF001  # see the docstring of the module
+    return count
+
+
+def _awaits_sync(connection: Any) -> bool:
+    """Whether the last statement that was prepared on *connection* has not been executed, nor any since.
+
+    What the server said last does not tell: it said so before. Where asyncpg has sent a Sync all the same, as after
+    an error, the answer is yes too: another one does no harm.
+    """
+    return _prepared.get(connection) == _executed(connection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +323,13 @@ class AsyncpgDriver(Driver):
 
     @override
     def is_idle(self, connection: Any) -> bool:
+        return self._stands_free(connection) and not _awaits_sync(connection)
+
+    @override
+    def is_unfinished(self, connection: Any) -> bool:
+        return self._stands_free(connection) and _awaits_sync(connection)
+
+    def _stands_free(self, connection: Any) -> bool:
         return self.has_nothing_to_undo(connection) and _Probe.finds_free(connection)
 
     @override
@@ -307,11 +345,19 @@ class AsyncpgDriver(Driver):
 
     @override
     async def clean(self, connection: Any, sql: str) -> None:
-        await connection.execute(sql)
+        await connection.execute(sql or _NOTHING)
 
     @override
     async def drain(self, connection: Any) -> bool:
-        return await _free_in_time(connection)
+        if not await _free_in_time(connection):
+            return False
+        if self.is_unfinished(connection):
+            try:
+                await connection.execute(_NOTHING, timeout=DRAIN_TIMEOUT)
+            except Exception:  # noqa: BLE001  # whatever it is: in which state the server is nobody knows
+                connection.terminate()
+                return False
+        return True
 
     @override
     def prepare_engine(self, engine: AsyncEngine, settings: Settings) -> None:

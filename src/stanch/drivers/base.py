@@ -59,8 +59,8 @@ class Plan(Value):
 class Driver(Protocol):
     """One database driver, as far as stanch must know it. It holds no state; *connection* is the driver's own.
 
-    ``sever``, ``sever_asking``, ``looks_dead``, ``is_idle``, ``has_nothing_to_undo`` and ``let_stand_alone`` never
-    raise, wait or make a round trip.
+    ``sever``, ``sever_asking``, ``looks_dead``, ``is_idle``, ``is_unfinished``, ``has_nothing_to_undo`` and
+    ``let_stand_alone`` never raise, wait or make a round trip.
     """
 
     name: ClassVar[str]
@@ -101,6 +101,14 @@ class Driver(Protocol):
     def is_idle(self, connection: Any) -> bool:
         """Whether *connection* is open and neither in an operation nor in a transaction."""
         ...
+
+    def is_unfinished(self, connection: Any) -> bool:
+        """Whether *connection* would be idle, but for a transaction that ``clean`` of no statement ends.
+
+        The server begins one for a statement that a driver prepares, until it is told that nothing more follows.
+        """
+        del connection
+        return False
 
     def has_nothing_to_undo(self, connection: Any) -> bool:
         """Whether *connection* is open and in no transaction, as far as the other side has told.
