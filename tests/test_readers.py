@@ -39,6 +39,7 @@ from sqlalchemy.schema import CreateTable
 
 from stanch import Database, WriteRefused, after_rollback, atomic, on_commit
 from stanch.sessions import guarded_session
+from stanch.unit import Kind, Mode, Unit, Wish
 from tests.support import cleaned
 from tests.support.judge import FreshDatabase, assert_nothing_left, until
 from tests.support.proxy import FaultProxy
@@ -46,6 +47,8 @@ from tests.support.proxy import FaultProxy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from stanch.drivers import Driver
 
 pytestmark = pytest.mark.anyio
 
@@ -683,6 +686,65 @@ async def test_committing_and_rolling_back_a_reader_is_harmless(db: Database[Asy
         assert await book.awaitable_attrs.title == "a"
         assert await _titles(session) == ["a", "b", "c"]
         assert db.stats().in_use == 0
+
+
+async def test_a_connection_that_cannot_go_back_to_transactions_is_lent_to_nobody(
+    library: FreshDatabase, db: Database[AsyncSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undo(_adapted: object) -> None:
+        raise ZeroDivisionError
+
+    def let_stand_alone(own: Driver, adapted: object) -> Callable[[object], None] | None:
+        return its_own(own, adapted) and undo
+
+    async with db.reader() as session:
+        driver = type(guarded_session(session).terms.driver)
+        its_own = driver.let_stand_alone
+        monkeypatch.setattr(driver, "let_stand_alone", let_stand_alone)
+        with pytest.raises(ZeroDivisionError):
+            await _titles(session)
+    monkeypatch.undo()
+    assert db.stats().in_use == 0
+    async with db.session() as session:
+        await session.execute(delete(Book))
+        await session.rollback()
+    assert await stored(library) == STORED
+
+
+@pytest.mark.parametrize("moment", ["before_commit", "after_soft_rollback"])
+async def test_what_a_listener_reads_at_the_end_of_a_transaction_gives_its_connection_back(
+    library: FreshDatabase, db: Database[AsyncSession], moment: str
+) -> None:
+    told: list[object] = []
+
+    def read(session: Session, *_: object) -> None:
+        told.append(session.scalar(text("SELECT 'read'")))
+
+    async with db.reader() as session:
+        event.listen(session.sync_session, moment, read)
+        guarded_session(session).begun()  # as a change of an object does
+        await (session.commit() if moment == "before_commit" else session.rollback())
+        assert told == ["read"]
+        await assert_holds_nothing(db, library)
+
+
+async def test_a_reader_that_waits_for_its_connection_becomes_a_writer_after_its_statement(
+    library: FreshDatabase, db: Database[AsyncSession]
+) -> None:
+    unit = Unit([db], kind=Kind.REQUEST)
+    session = await unit.session(db, Wish("a reader", Mode.READ))
+    async with db.connect():
+        reading = asyncio.create_task(session.scalar(text("SELECT 1")))
+        async with asyncio.timeout(10):
+            while not db.stats().waiting:  # noqa: ASYNC110  # the pool tells nobody
+                await asyncio.sleep(0)
+        upgrading = asyncio.create_task(unit.session(db, Wish("a writer", Mode.AUTO)))
+        await asyncio.sleep(0)  # it has its turn
+        assert not upgrading.done()
+    assert await reading == 1
+    assert await upgrading is session
+    await assert_holds_nothing(db, library)
+    await unit.close(well=True)
 
 
 async def test_with_expire_on_commit_a_read_does_not_expire_what_was_read(

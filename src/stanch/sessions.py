@@ -184,7 +184,7 @@ class GuardedSession(Session):
             raise
         finally:
             try:
-                if guard.reading and guard.outermost:
+                if guard.outermost and (guard.reading or self._alone):
                     self._end_reading(failed=failed)
             finally:  # cancelled while the connection went back
                 guard.leave()
@@ -491,7 +491,7 @@ class GuardedSession(Session):
         _engine, (connection, undo) = self._alone.popitem()
         try:
             if undo is not None:
-                undo()
+                _undo_or_invalidate(undo, connection)
             connection.close()
         except BaseException:
             # Raised behind a ROLLBACK, before the connection has gone back.
@@ -745,10 +745,15 @@ class _Ending:
         self._session.guard.enter()
 
     def __exit__(self, *_exception: object) -> None:
-        guard = self._session.guard
-        guard.leave()
+        session = self._session
+        guard = session.guard
+        try:
+            if session._alone and guard.outermost:
+                session._end_reading(failed=False)  # a listener's, around which is no statement
+        finally:
+            guard.leave()
         if guard.hooks.due and not guard.hooks_wait and guard.inside is None and in_greenlet():
-            await_only(run_to_completion(self._session.run_due()))
+            await_only(run_to_completion(session.run_due()))
 
 
 def _is_trouble(error: SQLAlchemyError) -> bool:
@@ -775,6 +780,14 @@ def _on_account(
         # Connecting may have used up the rest, while the alarm has found nothing in hand to sever.
         guard.refuse_overdue()
     return connection
+
+
+def _undo_or_invalidate(undo: Callable[[], None], connection: Connection) -> None:
+    try:
+        undo()
+    except BaseException:
+        connection.invalidate()  # whoever had it next would store each statement at once
+        raise
 
 
 def _fetches_bit_by_bit(options: Mapping[str, Any]) -> bool:

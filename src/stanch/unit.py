@@ -127,6 +127,9 @@ class Charge:
 
     async def join(self, wish: Wish) -> None:
         """Ask one thing more of the session; ``UnitConflict`` if its transaction has begun too weak for that."""
+        if self.wish.mode is _READ is not wish.mode:
+            # Whoever is inside reads on what a writer must not have, or waits for it: a reader to the end.
+            await self.ending.everyone_out()
         joined = self.wish.join(wish)
         stronger = (joined.isolation_level, joined.read_only) != (
             self.wish.isolation_level,

@@ -149,6 +149,7 @@ async def test_a_restarted_server_costs_only_the_requests_of_that_moment(
 
         clients = [asyncio.create_task(client(name)) for name in range(4)]
         await until(broken, "SELECT 1 FROM entries HAVING count(*) > 50")
+        began = await broken.fetchval("SELECT clock_timestamp()")
         if how == "fast":
             await asyncio.to_thread(fragile.restart)
         else:
@@ -163,7 +164,9 @@ async def test_a_restarted_server_costs_only_the_requests_of_that_moment(
         after = dict(answers.statuses)
         took = await _recovers(served, broken, answers, "restarted")
         print(f"{driver}, {how}: {after}, slowest {answers.slowest:.2f} s; then a write in {took:.3f} s")
-    assert set(answers.statuses) == {201, 503}, "every reply is a success or says that the database is away"
+        assert await broken.fetchval("SELECT pg_postmaster_start_time() > $1", began), "it did restart"
+    # It may meet none of the four in a transaction, and be over before one has waited too long.
+    assert set(answers.statuses) <= {201, 503}, "every reply is a success or says that the database is away"
 
 
 async def test_an_idle_pool_survives_a_restart_without_one_failure(
