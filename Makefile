@@ -5,9 +5,11 @@ PYTHON ?=
 ARGS   ?=
 MARKS  ?= not long
 WORKERS ?= 2
+SCALE  :=
 
 VENV   := .venv
 OLDEST := .venv-oldest
+PEERS  := .venv-bench
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TOOLED := $(VENV)/.tooled
@@ -17,7 +19,7 @@ PIN     = $$(sh tools/bootstrap.sh) pip compile --quiet --upgrade --universal --
 export PYTHON
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all oldest coverage check format-check lint types floors docs bench pins changelog clean
+.PHONY: help demo test test-all oldest coverage check format-check lint types floors docs bench bench-full pins changelog clean
 
 help: ## What can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -57,11 +59,14 @@ floors: $(TOOLED)
 docs: $(TOOLED) ## The documentation, into site/
 	@$(BIN)/mkdocs build --quiet --strict
 
-bench: $(READY) ## The benchmarks
-	@$(BIN)/python bench/hold_time.py
-	@$(BIN)/python -m bench.fairness
-	@$(BIN)/python -m bench.overload
-	@$(BIN)/python bench/instruments.py
+# The page is made of whole runs only, and also of one in which a case has failed.
+bench: $(PEERS)/.ready ## stanch beside every peer (ARGS="rates --subjects stanch,article")
+	@$(PEERS)/bin/python -m bench $(SCALE) $(ARGS); status=$$?; \
+	    $(if $(strip $(ARGS)),,[ $$status -gt 1 ] || $(PEERS)/bin/python -m bench.report bench/results/latest.json || status=1;) \
+	    exit $$status
+
+bench-full: SCALE = --full
+bench-full: bench ## The same, as thorough as it gets, which takes hours
 
 changelog: $(TOOLED) ## What the next entry of the changelog would say
 	@$(BIN)/towncrier build --draft --version next
@@ -71,12 +76,14 @@ pins: ## Compile the pinned requirements anew, at the newest releases
 	@$(PIN) --all-extras --group dev --output-file requirements/dev.txt pyproject.toml
 	@$(PIN) --all-extras --group test --constraints requirements/dev.txt \
 	    --output-file requirements/test.txt pyproject.toml
+	@$(PIN) --all-extras --group test --group bench --constraints requirements/dev.txt \
+	    --output-file requirements/bench.txt pyproject.toml
 	@$(PIN) --all-extras --group test --constraints requirements/oldest.in \
 	    --output-file requirements/oldest.txt pyproject.toml
 
 clean: ## Remove what make has made
-	@rm -rf $(VENV) $(OLDEST) .tools site dist .coverage .mypy_cache .pytest_cache .ruff_cache
-	@find src tests tools docs -type d -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf $(VENV) $(OLDEST) $(PEERS) .tools site dist .coverage .mypy_cache .pytest_cache .ruff_cache
+	@find src tests tools docs bench -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The demo and the tests need half of what the checks need, so that is all they fetch.
 $(READY): tools/bootstrap.sh requirements/test.txt requirements/tools.txt pyproject.toml
@@ -89,4 +96,9 @@ $(TOOLED): requirements/dev.txt | $(READY)
 
 $(OLDEST)/.ready: tools/bootstrap.sh requirements/oldest.txt requirements/tools.txt pyproject.toml
 	@sh tools/bootstrap.sh $(OLDEST) requirements/oldest.txt
+	@touch $@
+
+# Of its own: the tests never see the session layers that stanch is measured beside.
+$(PEERS)/.ready: tools/bootstrap.sh requirements/bench.txt requirements/tools.txt pyproject.toml
+	@sh tools/bootstrap.sh $(PEERS) requirements/bench.txt
 	@touch $@

@@ -1,203 +1,32 @@
-"""A small app, on stanch and as written by hand, served by uvicorn in a process of its own; and clients to load it.
+"""Clients: a crowd in a closed loop, each of which asks again as soon as it is answered, and single ones.
 
-The clients are here and not a tool's, because what is counted is when a reply came and what it was: a client of an open
-loop comes when it comes, whether or not the others have been served, and leaves when its patience is over.
+They are here and not a tool's, because what is counted is when a reply came and what it was, and because of what they
+cost: on a machine with few cores the clients take their time from the server. One request costs them some 25
+microseconds on uvloop, a third of what it costs FastAPI to answer it with nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import multiprocessing
-import os
-import socket
-import threading
+import contextlib
+import importlib
+import itertools
+import re
 import time
-from collections.abc import AsyncGenerator, Generator  # noqa: TC003  # FastAPI evaluates annotations at run time
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar, cast
 
-import uvicorn
-from fastapi import Depends, FastAPI
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-
-from stanch import Database
-from stanch.fastapi import ReaderDep, SessionDep, install
-from stanch.pool import Pool
+from bench.shop import ROWS, Ask
 
 if TYPE_CHECKING:
-    import random
-    from multiprocessing.connection import Connection
+    from collections.abc import Callable, Coroutine, Sequence
 
-    from stanch.asgi import ASGIApp, Message, Receive, Scope, Send
+T = TypeVar("T")
 
-Kind = Literal["stanch", "by hand on its pool", "by hand"]
-
-READ: Final = text("SELECT 1")
-START_TIMEOUT: Final = 60.0
+SWEEP: Final = 0.05
+"""Seconds between two looks at who has lost patience."""
 TOLD_AFTER: Final = b"x-told-after"
 """The header of a refusal: seconds between the pool's decision and the reply."""
-
-
-# The app ----------------------------------------------------------------------------------------------------
-
-
-def by_hand(engine: AsyncEngine) -> FastAPI:
-    """As in the article: a yield dependency, on the pool of *engine*."""
-    app = FastAPI()
-    factory = async_sessionmaker(engine, expire_on_commit=False)
-
-    async def get_db() -> AsyncGenerator[AsyncSession]:
-        async with factory() as session:
-            yield session
-
-    @app.get("/hold/{seconds}")
-    async def endpoint(seconds: float, session: Annotated[AsyncSession, Depends(_never)]) -> dict[str, bool]:
-        return await hold(session, seconds)
-
-    @app.get("/read")
-    async def reading(session: Annotated[AsyncSession, Depends(_never)]) -> dict[str, bool]:
-        return await read(session)
-
-    app.dependency_overrides[_never] = get_db
-    return app
-
-
-async def _never() -> AsyncSession:
-    raise AssertionError("overridden")
-
-
-def on_stanch(url: str, **settings: Any) -> FastAPI:
-    """The same handlers on stanch."""
-    app = FastAPI()
-    install(app, Database(url, **settings))
-
-    @app.get("/hold/{seconds}")
-    async def endpoint(seconds: float, session: SessionDep) -> dict[str, bool]:
-        return await hold(session, seconds)
-
-    @app.get("/read")
-    async def reading(session: ReaderDep) -> dict[str, bool]:
-        return await read(session)
-
-    return app
-
-
-async def read(session: AsyncSession) -> dict[str, bool]:
-    """One statement that takes no time."""
-    await session.execute(READ)
-    return {"done": True}
-
-
-async def hold(session: AsyncSession, seconds: float) -> dict[str, bool]:
-    """One statement, which keeps its connection for so long."""
-    await session.execute(
-        text("SELECT pg_sleep(:seconds)" if seconds else "SELECT 1"), {"seconds": seconds} if seconds else {}
-    )
-    return {"done": True}
-
-
-_decided: Final[ContextVar[list[float]]] = ContextVar("when a refusal was decided")
-
-
-class Stopwatch:
-    """Tells in a header how long it took from the pool's decision to refuse until the reply leaves."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        decided: list[float] = []
-        _decided.set(decided)
-
-        async def timed(message: Message) -> None:
-            if decided and message["type"] == "http.response.start":
-                told_after = time.monotonic() - decided[0]
-                message["headers"] = [*message["headers"], (TOLD_AFTER, f"{told_after:.6f}".encode())]
-            await send(message)
-
-        await self.app(scope, receive, timed)
-
-
-def _watch_refusals() -> None:
-    """Note when the pool decided to refuse; it is looked at, and not changed."""
-    refuse = Pool._overloaded  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # as the docstring says
-
-    def noted(self: Pool, ledger: Any, refusal: Any) -> Any:
-        if (decided := _decided.get(None)) is not None:
-            decided.append(refusal.at)
-        return refuse(self, ledger, refusal)
-
-    Pool._overloaded = noted  # type: ignore[method-assign]  # noqa: SLF001
-
-
-# Its process ------------------------------------------------------------------------------------------------
-
-
-class _Server(uvicorn.Server):
-    """uvicorn that says where it listens once it does."""
-
-    def __init__(self, config: uvicorn.Config, parent: Connection) -> None:
-        super().__init__(config)
-        self._parent = parent
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so."""
-        await super().startup(sockets)
-        assert sockets
-        self._parent.send(sockets[0].getsockname()[1])
-
-
-def _app(kind: Kind, url: str, settings: dict[str, Any]) -> FastAPI:
-    if kind == "stanch":
-        return on_stanch(url, **settings)
-    if kind == "by hand on its pool":
-        return by_hand(Database(url, **settings).engine)
-    return by_hand(create_async_engine(url, **settings))
-
-
-def _serve(kind: Kind, url: str, settings: dict[str, Any], parent: Connection, *, timed: bool) -> None:
-    def die_with_the_parent() -> None:
-        parent.poll(None)  # the parent never says anything: when there is something to read, it is its end
-        os._exit(1)
-
-    threading.Thread(target=die_with_the_parent, daemon=True).start()
-    _watch_refusals()
-    logging.getLogger("stanch").setLevel(logging.CRITICAL)  # a line for each refusal is not what is measured
-    app = _app(kind, url, settings)
-    if timed:
-        app.add_middleware(Stopwatch)
-    config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
-    # asyncio leaves Nagle's algorithm on where a socket does not say that it is TCP: each reply would take 40 ms more.
-    line = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    line.bind(("127.0.0.1", 0))
-    line.listen(1024)
-    _Server(config, parent).run(sockets=[line])
-
-
-@contextmanager
-def serving(kind: Kind, url: str, *, timed: bool = False, **settings: Any) -> Generator[int]:
-    """Serve the app; gives its port. *timed*: refusals tell how long ago they were decided."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(
-        target=_serve, args=(kind, url, settings, there), kwargs={"timed": timed}
-    )
-    process.start()
-    there.close()
-    try:
-        if not here.poll(START_TIMEOUT):
-            raise TimeoutError("the server did not start")
-        yield here.recv()
-    finally:
-        process.kill()  # with by hand's requests still waiting it would take half a minute to end by itself
-        process.join()
-        here.close()
-
-
-# Clients ----------------------------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
@@ -208,89 +37,242 @@ class Answer(NamedTuple):
     told_after: float | None = None
 
 
+def run(load: Coroutine[Any, Any, T]) -> T:
+    """As ``asyncio.run``, on uvloop where it is installed: what the clients take is taken from the servers."""
+    try:
+        factory = importlib.import_module("uvloop").new_event_loop
+    except ModuleNotFoundError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(load)
+
+
+def requests_of(ask: Ask | str) -> list[bytes]:
+    """What is sent: for a path the same again and again, for an ``Ask`` one for each row."""
+    if isinstance(ask, str):
+        return [_request("GET", ask)]
+    return [_request(ask.method, ask.path_of(row)) for row in range(ROWS)]
+
+
+def _request(method: str, path: str) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "host: bench", "accept: application/json"]
+    if method == "POST":
+        lines.append("content-length: 0")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+class _Line(asyncio.Protocol):
+    """One connection, and one request at a time. As little as there must be, for it runs beside the server."""
+
+    LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+
+    def __init__(self) -> None:
+        self.asked_at = 0.0
+        self.is_open = False
+        self._came = b""
+        self._answered: Callable[[Answer], None] | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def ask(self, request: bytes, answered: Callable[[Answer], None]) -> None:
+        """Send *request*; *answered* is called once, also if the connection is lost."""
+        assert self._transport is not None
+        self._answered = answered
+        self.asked_at = time.perf_counter()
+        self._transport.write(request)
+
+    async def answer_to(self, request: bytes) -> Answer:
+        """Send *request* and wait."""
+        came: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.ask(request, lambda answer: None if came.done() else came.set_result(answer))
+        return await came
+
+    def close(self) -> None:
+        """Hang up; nobody waits for an answer any more."""
+        self._answered = None
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close; who waits for an answer is told that there is none."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._lost()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self.is_open = True
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self._lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self._came:
+            data = self._came + data
+        head = data.find(b"\r\n\r\n")
+        length = self.LENGTH.search(data, 0, head) if head >= 0 else None
+        if length is None or len(data) < head + 4 + int(length[1]):
+            self._came = data
+            return
+        self._came = b""
+        told = data.find(TOLD_AFTER, 0, head)
+        self._answer(
+            int(data[9:12]),
+            float(data[told:head].split(b"\r\n")[0].partition(b":")[2]) if told >= 0 else None,
+        )
+
+    def _lost(self) -> None:
+        self.is_open = False
+        self._answer(0, None)
+
+    def _answer(self, status: int, told_after: float | None) -> None:
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(Answer(status, time.perf_counter() - self.asked_at, told_after))
+
+
+async def _connect(port: int) -> _Line:
+    _, line = await asyncio.get_running_loop().create_connection(_Line, "127.0.0.1", port)
+    return line
+
+
 class Client:
     """One keep-alive connection."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._line: _Line | None = None
 
     async def get(self, path: str, *, timeout: float) -> Answer:
         """One request; after *timeout* seconds the client has gone."""
         began = time.perf_counter()
         try:
             async with asyncio.timeout(timeout):
-                head = await self._ask(path)
-        except (TimeoutError, OSError, asyncio.IncompleteReadError):
+                if self._line is None or not self._line.is_open:
+                    self._line = await _connect(self._port)
+                answer = await self._line.answer_to(requests_of(path)[0])
+        except (TimeoutError, OSError):
             self.close()
             return Answer(0, time.perf_counter() - began)
-        told = [line for line in head if line.startswith(TOLD_AFTER + b":")]
-        told_after = float(told[0].partition(b":")[2]) if told else None
-        return Answer(int(head[0].split()[1]), time.perf_counter() - began, told_after)
+        return answer._replace(took=time.perf_counter() - began)
 
     def close(self) -> None:
         """Hang up."""
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
+        if self._line is not None:
+            self._line.close()
+        self._line = None
 
-    async def _ask(self, path: str) -> list[bytes]:
-        if self._reader is None or self._writer is None or self._reader.at_eof():
-            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        self._writer.write(f"GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n".encode())
-        head = (await self._reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-        length = next(
-            int(line.partition(b":")[2]) for line in head if line.lower().startswith(b"content-length:")
-        )
-        await self._reader.readexactly(length)
-        return head
+
+class Load(NamedTuple):
+    """What a closed loop got."""
+
+    answers: list[Answer]
+    seconds: float
+    """From the first request until the last answer."""
+
+    @property
+    def good(self) -> list[float]:
+        """How long each answer with a 200 took."""
+        return [answer.took for answer in self.answers if answer.status == 200]
+
+
+class Crowd:
+    """Clients that are connected, as by keep-alive, before anything is timed."""
+
+    def __init__(self, port: int, clients: int) -> None:
+        self._port = port
+        self._clients = clients
+        self._lines: set[_Line] = set()
+
+    async def __aenter__(self) -> Self:
+        self._lines = set(await asyncio.gather(*(_connect(self._port) for _ in range(self._clients))))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for line in self._lines:
+            line.close()
+
+    async def closed_loop(self, requests: Sequence[bytes], *, seconds: float, patience: float = 30.0) -> Load:
+        """Each asks again as soon as it is answered, with the next of *requests*, for so many *seconds*.
+
+        Who has waited for longer than its *patience* (give or take 50 ms) hangs up, connects anew, and asks again.
+        """
+        return await _ClosedLoop(self._port, self._lines, requests, seconds, patience).run()
+
+
+class _ClosedLoop:
+    """One run of a crowd; who comes anew is added to *lines*."""
+
+    def __init__(
+        self, port: int, lines: set[_Line], requests: Sequence[bytes], seconds: float, patience: float
+    ) -> None:
+        self._port = port
+        self._lines = lines
+        self._requests = itertools.cycle(requests)
+        self._patience = patience
+        self._answers: list[Answer] = []
+        self._asking = set(lines)
+        self._coming_back: set[asyncio.Task[None]] = set()
+        self._somebody_left = asyncio.Event()
+        self._began = self._last = time.perf_counter()
+        self._over = self._began + seconds
+
+    async def run(self) -> Load:
+        for line in list(self._asking):
+            self._ask(line)
+        try:
+            while self._asking or self._coming_back:
+                self._somebody_left.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SWEEP):
+                        await self._somebody_left.wait()
+                now = time.perf_counter()
+                for line in [line for line in self._asking if now - line.asked_at > self._patience]:
+                    line.hang_up()
+        finally:
+            for task in self._coming_back:
+                task.cancel()
+        return Load(self._answers, self._last - self._began)
+
+    def _ask(self, line: _Line) -> None:
+        if time.perf_counter() < self._over:
+            line.ask(next(self._requests), partial(self._answered, line))
+        else:
+            self._leave(line)
+
+    def _answered(self, line: _Line, answer: Answer) -> None:
+        self._last = line.asked_at + answer.took
+        self._answers.append(answer)
+        if line.is_open:
+            self._ask(line)
+            return
+        self._leave(line)
+        self._lines.discard(line)
+        task = asyncio.create_task(self._come_back())
+        self._coming_back.add(task)
+        task.add_done_callback(self._came_back)
+
+    def _leave(self, line: _Line) -> None:
+        self._asking.discard(line)
+        self._somebody_left.set()
+
+    async def _come_back(self) -> None:
+        with contextlib.suppress(OSError):  # nobody is there any more: a client less, which its loss has told
+            async with asyncio.timeout(self._patience):
+                line = await _connect(self._port)
+            self._lines.add(line)
+            self._asking.add(line)
+            self._ask(line)
+
+    def _came_back(self, task: asyncio.Task[None]) -> None:
+        self._coming_back.discard(task)
+        self._somebody_left.set()
 
 
 async def closed_loop(
-    port: int, path: str, *, clients: int, seconds: float, patience: float = 30.0
+    port: int, ask: Ask | str, *, clients: int, seconds: float, patience: float = 30.0
 ) -> list[Answer]:
-    """Each of so many *clients* asks again as soon as it is answered."""
-    answers: list[Answer] = []
-    over = time.perf_counter() + seconds
-
-    async def one() -> None:
-        client = Client(port)
-        while time.perf_counter() < over:
-            answers.append(await client.get(path, timeout=patience))
-        client.close()
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(one())
-    return answers
-
-
-async def open_loop(
-    port: int, path: str, *, rate: float, seconds: float, patience: float, chance: random.Random
-) -> list[Answer]:
-    """So many clients a second, at moments of chance, whoever is still waiting; each leaves after its *patience*."""
-    answers: list[Answer] = []
-    idle: list[Client] = []
-    asking: set[asyncio.Task[None]] = set()
-
-    async def one() -> None:
-        client = idle.pop() if idle else Client(port)
-        answers.append(await client.get(path, timeout=patience))
-        idle.append(client)
-
-    began = time.perf_counter()
-    arrival = 0.0
-    while (arrival := arrival + chance.expovariate(rate)) < seconds:
-        await asyncio.sleep(began + arrival - time.perf_counter())
-        task = asyncio.create_task(one())
-        asking.add(task)
-        task.add_done_callback(asking.discard)
-    while asking:
-        await asyncio.wait(asking)
-    for client in idle:
-        client.close()
-    return answers
+    """Each of so many *clients*, connected before, asks again as soon as it is answered."""
+    async with Crowd(port, clients) as crowd:
+        return (await crowd.closed_loop(requests_of(ask), seconds=seconds, patience=patience)).answers
 
 
 def share(values: list[float], part: float) -> float:
