@@ -109,9 +109,7 @@ class Slot(_ConnectionRecord):
             began = time.monotonic()
             connection = pool.within_connect_timeout(self, super().get_connection)
             pool.opened(self.ledger, time.monotonic() - began)
-        elif (
-            self._soft_invalidate_time > self.starttime
-        ):  # all that SQLAlchemy would ask; its recycling is off
+        elif self._soft_invalidate_time > self.starttime:  # all SQLAlchemy would ask: its recycling is off
             connection = super().get_connection()
         if self.entry is None:
             pool.hand_out(self)

@@ -466,9 +466,8 @@ class GuardedSession(Session):
         undo = self.terms.driver.let_stand_alone(adapted)
         if undo is not None:
             self._alone[engine] = connection, partial(undo, adapted)
-            connection._allow_autobegin = (
-                False  # nor a transaction in Python, whose end is as dear as a true one's
-            )
+            # Nor a transaction in Python, whose end is as dear as a true one's.
+            connection._allow_autobegin = False
         else:
             connection.execution_options(**self.guard.connection_options)
             connection.begin()  # or they could outlive a statement that is cancelled before it has begun anything
@@ -688,11 +687,11 @@ class GuardedTransaction(SessionTransaction):
 
     def _connection_for_bind(self, *arguments: Any, **keywords: Any) -> Connection:
         guard = cast("GuardedSession", self.session).guard
-        connect = partial(super()._connection_for_bind, *arguments, **keywords)
+        connect = super()._connection_for_bind
         if arguments[0] not in self._connections:
-            return _on_account(guard, connect)
+            return _on_account(guard, connect, *arguments, **keywords)
         guard.refuse_overdue()
-        return connect()
+        return connect(*arguments, **keywords)
 
     def _ask_whether_aborted(self) -> None:
         """Raise if a savepoint cannot be released: of a RELEASE that has failed SQLAlchemy does not go back any more.

@@ -149,9 +149,8 @@ class Charge:
         if stronger or starts_writing:
             self._apply_options()
         if joined.mode is _AUTO and (promise := self._promise()) not in self._guard.owners:
-            self._guard.owners.insert(
-                0, promise
-            )  # outermost, though a block was opened before anybody wished
+            # Outermost, though a block was opened before anybody wished for it.
+            self._guard.owners.insert(0, promise)
 
     @property
     def quiet(self) -> bool:
@@ -264,9 +263,8 @@ class Unit:
             wish = wish._replace(deadline=earlier(self.deadline, wish.deadline))
         charge = self._charges.get(id(database))
         if charge is None:
-            database.refuse_overload(
-                reads=wish.reads_alone
-            )  # now, before anything was done that would be in vain
+            # Now, before anything was done that would be in vain.
+            database.refuse_overload(reads=wish.reads_alone)
             charge = self._charges[id(database)] = Charge(database, wish, self.holder)
         else:
             await charge.join(wish)
