@@ -143,6 +143,16 @@ async def in_executemany(db: Database[Any]) -> None:
         )
 
 
+async def in_executemany_that_is_still_being_sent(db: Database[Any]) -> None:
+    """20 MB are more than sockets keep: the driver waits until the server reads on, and it sleeps."""
+    row = {"nap": 0, "pad": "x" * 10_000}
+    async with db.begin() as connection:
+        await connection.execute(
+            text("INSERT INTO rows SELECT :id FROM pg_sleep(:nap) WHERE :pad <> ''"),
+            [{"id": 1, **row, "nap": 20}, *({"id": number, **row} for number in range(2, 2000))],
+        )
+
+
 @by_every_way
 @pytest.mark.parametrize(
     "work",
@@ -154,6 +164,7 @@ async def in_executemany(db: Database[Any]) -> None:
         in_a_stream,
         in_autocommit,
         in_executemany,
+        in_executemany_that_is_still_being_sent,
     ],
     ids=lambda work: work.__name__,
 )
@@ -389,6 +400,37 @@ async def test_cancelled_while_it_was_set_up_a_connection_is_not_lent_as_it_was_
             assert await rows.fetchval("SELECT count(*) FROM rows") == 0, f"at {point} of {points}"
 
 
+# Wherever it waits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", ["once", "again and again"])
+async def test_executemany_that_is_cancelled_wherever_it_waits_keeps_its_connection(
+    rows: FreshDatabase, driver: str, times: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To psycopg it is a pipeline: without the Sync at its end, a server that met an error answers nothing more."""
+    monkeypatch.setattr("psycopg.waiting.MAX_BUSY_TIME", -1, raising=False)  # it always yields
+
+    async def work(db: Database[Any]) -> None:
+        with suppress(LookupError):
+            async with db.begin() as connection:
+                await connection.execute(WRITE, [{"id": number} for number in range(3)])
+                raise LookupError
+
+    async with one_connection(rows, driver) as db:
+        await work(db)
+        before = await pid_of(db)
+        points = await suspensions(work(db))
+        for point in range(1, points + 1):
+            began = time.monotonic()
+            cuts = {point} if times == "once" else range(point, points + 100)
+            error, _ = await cancelled_at(work(db), cuts)
+            assert error is None or isinstance(error, asyncio.CancelledError), f"at {point}: {error!r}"
+            assert time.monotonic() - began < BOUND, f"at {point} of {points}"
+            assert await pid_of(db) == before, f"at {point} of {points}"
+        await assert_nothing_left(rows, db)
+        assert await rows.fetchval("SELECT count(*) FROM rows") == 0
+
+
 # A CancelRequest is only a request ---------------------------------------------------------------------------
 
 
@@ -406,8 +448,13 @@ class DoorSlammer(FaultProxy):
 
 
 @by_every_way
+@pytest.mark.parametrize(
+    "work",
+    [in_a_transaction, in_executemany_that_is_still_being_sent],
+    ids=lambda work: work.__name__,
+)
 async def test_cancel_request_that_had_no_effect_is_sent_again(
-    rows: FreshDatabase, driver: str, cancelled: Cancelled
+    rows: FreshDatabase, driver: str, cancelled: Cancelled, work: Work
 ) -> None:
     """As one that overtakes its statement: the server works on, and nobody else would ever stop it."""
     async with DoorSlammer(rows.server.port) as proxy:
@@ -415,7 +462,7 @@ async def test_cancel_request_that_had_no_effect_is_sent_again(
         async with Database(url, pool_size=1, max_overflow=0) as db:
             before = await pid_of(db)
             proxy.slams = 2
-            await cancelled(until(rows, ASLEEP), in_a_transaction(db))
+            await cancelled(until(rows, ASLEEP), work(db))
             assert proxy.slams == 0
             assert await rows.fetch(ACTIVE) == []
             assert await pid_of(db) == before
@@ -426,8 +473,13 @@ async def test_cancel_request_that_had_no_effect_is_sent_again(
 
 
 @by_every_way
+@pytest.mark.parametrize(
+    "work",
+    [in_the_first_statement, in_executemany_that_is_still_being_sent],
+    ids=lambda work: work.__name__,
+)
 async def test_backend_that_ignores_the_cancel_costs_its_connection_in_bounded_time(
-    rows: FreshDatabase, driver: str, cancelled: Cancelled
+    rows: FreshDatabase, driver: str, cancelled: Cancelled, work: Work
 ) -> None:
     async with one_connection(rows, driver) as db:
         before = await pid_of(db)
@@ -438,7 +490,7 @@ async def test_backend_that_ignores_the_cancel_costs_its_connection_in_bounded_t
 
         try:
             begun = time.monotonic()
-            await cancelled(frozen(), in_the_first_statement(db))
+            await cancelled(frozen(), work(db))
             took = time.monotonic() - begun
             assert took < BOUND
             assert (db.stats().in_use, db.stats().waiting) == (0, 0)

@@ -534,6 +534,25 @@ def test_psycopg_waits_for_everything_where_ours_does() -> None:
     assert looks is None or "wait_for" not in waiting.wait_async.__code__.co_names
     assert {"wait"} <= calls(psycopg.AsyncCursor.execute) & calls(psycopg.AsyncConnection.commit)
     assert parameters(psycopg.AsyncConnection.cancel_safe) == ["self", "timeout"]
+    assert int(waiting.Ready.NONE) == 0
+
+
+@pytest.mark.psycopg
+def test_psycopgs_pipeline_is_entered_and_left_as_ours_expects() -> None:
+    import psycopg
+
+    pipeline = psycopg.AsyncPipeline
+    assert {"_enter_gen"} <= calls(pipeline.__aenter__)
+    assert {"_exit_gen", "_exit"} <= calls(pipeline.__aexit__)
+    assert {"level", "enter_pipeline_mode"} <= calls(pipeline._enter_gen)
+    assert {"_enqueue_sync", "_communicate_gen", "_fetch_gen"} == calls(pipeline._exit_gen)
+
+
+def test_asyncpg_sends_many_through_the_one_method_that_ours_overrides() -> None:
+    connection: Any = import_module("asyncpg").Connection
+    assert inspect.iscoroutinefunction(connection._executemany)
+    assert "_executemany" in calls(connection.executemany)
+    assert "_executemany" in calls(connection.fetchmany)
 
 
 def test_psycopg_sends_begin_as_our_riders_expect() -> None:

@@ -4,7 +4,7 @@ asyncpg has no public word for "an operation is in progress". Private names, of 
 ``Connection._protocol`` with its ``close_statement``, ``protocol.PreparedStatementState`` (see `_Probe`),
 ``Connection._top_xact`` and ``_config.command_timeout`` (see `Connection`), ``Connection._get_statement`` with the
 ``queries_count`` of its protocol (see `_awaits_sync`),
-``Connection._cancel_current_command`` (see `_cancel_again`),
+``Connection._cancel_current_command`` (see `_cancel_again`), ``Connection._executemany``,
 ``connect_utils.TLSUpgradeProto`` with its ``on_data`` (see `_TLSQuestion`), ``connect_utils._cancel`` with
 ``Connection._addr``, ``_params`` and ``backend_secret`` of its protocol (see ``sever_asking``), and
 ``Connection._transport``, of asyncio's own kind, with its ``_call_connection_lost`` (see ``sever``).
@@ -132,6 +132,20 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]  # a class of asyncp
             if not self.is_closed():  # asyncpg has no protocol then
                 _prepared[self] = _executed(self)
 
+    async def _executemany(self, *args: Any, **options: Any) -> Any:
+        """As asyncpg; but a cancellation is heard as well while it is still sending.
+
+        asyncpg (to 0.32) goes on to wait then, for the answer to a Sync that it has not sent. So it is not told; the
+        server is, at whose error asyncpg sends that Sync and no more of the rest.
+        """
+        sending = asyncio.create_task(_any(super())._executemany(*args, **options))  # noqa: SLF001  # see the docstring of the module
+        try:
+            await asyncio.wait((sending,))
+        except asyncio.CancelledError:
+            await run_to_completion(_over_in_time(sending, self, patience=0))
+            raise
+        return await sending
+
     async def _undo_begin(self) -> None:
         """Roll back what a cancelled BEGIN may have begun on the server all the same."""
         if await _free_in_time(self) and self.is_in_transaction():
@@ -238,15 +252,36 @@ class _Probe:
 async def _free_in_time(connection: Any) -> bool:
     """Whether *connection* is free within ``DRAIN_TIMEOUT`` seconds; if not, it is terminated."""
     asked = asyncio.create_task(_Probe.waits_until_free(connection))
-    with suppress(Exception):  # too late, lost, or another asyncpg: whatever it is, it is not free
-        async with asyncio.timeout(DRAIN_TIMEOUT):
-            while not (await asyncio.wait((asked,), timeout=CANCEL_INTERVAL))[0]:
-                await _cancel_again(connection)
+    # asyncpg has sent a CancelRequest itself.
+    if await _over_in_time(asked, connection, patience=CANCEL_INTERVAL):
+        with suppress(Exception):  # lost, or another asyncpg: whatever it is, it is not free
             if asked.result():
                 return True
-    asked.cancel()
+        connection.terminate()
+    return False
+
+
+async def _over_in_time(operation: asyncio.Task[Any], connection: Any, *, patience: float) -> bool:
+    """Whether *operation* is over within ``DRAIN_TIMEOUT`` seconds, well or not; if not, *connection* is terminated.
+
+    The server is asked to cancel it after *patience* seconds, and then again and again.
+    """
+    operation.add_done_callback(_look_at)
+    with suppress(Exception):  # too late, or the server cannot be asked
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            while not (await asyncio.wait((operation,), timeout=patience))[0]:
+                await _cancel_again(connection)
+                patience = CANCEL_INTERVAL
+            return True
+    operation.cancel()
     connection.terminate()
     return False
+
+
+def _look_at(operation: asyncio.Task[Any]) -> None:
+    """Look at how *operation* has ended, so that asyncio does not say that nobody has."""
+    if not operation.cancelled():
+        operation.exception()
 
 
 async def _cancel_again(connection: Any) -> None:

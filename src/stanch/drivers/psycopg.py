@@ -3,7 +3,8 @@
 Beside psycopg's documented classes it stands on ``psycopg.waiting.wait_async`` (see `Connection.wait`), and on
 ``waiting.wait_conn_async`` and ``generators.cancel``, by which psycopg's own ``cancel_safe()`` works (see ``_cancel``).
 Private names of psycopg's, in this module only: ``AsyncConnection._exec_command``, by which it sends BEGIN,
-``_pipeline``, in which BEGIN may not be two statements, and ``_autocommit``, which says whether it sends any.
+``_pipeline``, in which BEGIN may not be two statements, with the ``level`` and the ``_exit_gen`` of it (see
+`Connection.wait`), and ``_autocommit``, which says whether it sends any.
 """
 
 from __future__ import annotations
@@ -124,26 +125,54 @@ class Connection(psycopg.AsyncConnection[Any]):
         psycopg does so in the cancelled task itself, where anyio cancels that as well, and before 3.3 without a bound.
         """
         limit: dict[str, Any] = {} if timeout is None else {"timeout": timeout}  # psycopg 3.2 knows none
+        if self._pipeline is not None and self._pipeline.level == 0:
+            # To enter a pipeline waits for nothing. psycopg 3.3 may yield to the loop all the same, and does not
+            # leave the pipeline if it is cancelled there.
+            try:
+                next(gen)
+            except StopIteration as over:
+                entered: RV = over.value
+                return entered
+            gen = _resumed(gen)  # another task's, then, which came in between
         try:
             return await waiting.wait_async(gen, self.pgconn.socket, interval, **limit)
         except asyncio.CancelledError:
-            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            if self._is_busy:
                 await run_to_completion(self._end(gen))
             raise
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether an answer is to come; or would never come, because the Sync of a pipeline has not been sent."""
+        return (
+            self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE
+            or self.pgconn.pipeline_status != pq.PipelineStatus.OFF
+        )
+
     async def _end(self, gen: PQGen[Any]) -> None:
-        """Cancel what *gen* waits for and let it read the rest; what has not ended in time is cut off."""
-        try:
+        """Cancel what *gen* waits for and read the rest; what has not ended in time is cut off."""
+        with suppress(Exception):  # ended by the cancellation, as is wished; or lost, or too late
             async with asyncio.timeout(DRAIN_TIMEOUT):
-                while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                    with suppress(psycopg.Error):  # one request that fails is not the last
-                        await self.cancel_safe(timeout=DRAIN_TIMEOUT)
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(CANCEL_INTERVAL):
-                            await waiting.wait_async(gen, self.pgconn.socket, _WAKE_INTERVAL)
-        except Exception:  # noqa: BLE001  # ended by the cancellation, as is wished; or lost, or too late
-            if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                self.pgconn.finish()
+                with suppress(psycopg.Error):
+                    await self._cancelled(gen)
+                pipeline: Any = self._pipeline
+                if pipeline is not None:
+                    # Who is cancelled again and again never comes to send the Sync himself, and a server that met
+                    # an error passes over all that comes before one, the ROLLBACK as well.
+                    rest = pipeline._exit_gen()  # noqa: SLF001  # see the docstring of the module
+                    await waiting.wait_async(rest, self.pgconn.socket, _WAKE_INTERVAL)
+        if self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            self.pgconn.finish()
+
+    async def _cancelled(self, gen: PQGen[Any]) -> None:
+        """Ask the server to end what *gen* waits for until it has, or *gen* is over."""
+        while self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+            with suppress(psycopg.Error):  # one request that fails is not the last
+                await self.cancel_safe(timeout=DRAIN_TIMEOUT)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CANCEL_INTERVAL):
+                    await waiting.wait_async(_resumed(gen), self.pgconn.socket, _WAKE_INTERVAL)
+                    return
 
     def _exec_command(self, command: Any, *arguments: Any, **keywords: Any) -> Any:
         """As psycopg, which sends BEGIN in this way; under a deadline the server is told of it at once."""
@@ -204,6 +233,20 @@ class Opener:
             connection = await Connection.connect(*args, **parameters)
         connection.server_cursor_factory = combined(ServerCursor, connection.server_cursor_factory)
         return connection
+
+
+def _resumed(gen: PQGen[RV]) -> PQGen[RV]:
+    """*gen*, which waits already, to be waited for once more.
+
+    ``wait_async()`` would send it None first, of which psycopg 3.2 can make no number.
+    """
+    try:
+        wanted = gen.send(waiting.Ready.NONE)
+        while True:
+            wanted = gen.send((yield wanted))
+    except StopIteration as over:
+        result: RV = over.value
+        return result
 
 
 def _asking(pgconn: pq.abc.PGconn) -> Callable[[], Awaitable[None]]:
