@@ -14,7 +14,7 @@ import pytest
 from stanch.embedded import EmbeddedError, EmbeddedPostgres
 from tests.faults.served import serving
 from tests.faults.subject import Subject, prepare
-from tests.support.judge import FreshDatabase, assert_nothing_left
+from tests.support.judge import OTHERS, FreshDatabase, assert_nothing_left, until
 
 if TYPE_CHECKING:
     import random
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tests.faults.served import Served
     from tests.faults.subject import Wiring
+    from tests.faults.wire import Reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -33,8 +34,15 @@ POSTMASTER_EVERY = 4
 BREATH = 0.05
 """Seconds a client waits after an error, so that it does not spin while the server recovers."""
 
+LINGER = 20
+"""Seconds that a statement and a COMMIT last which are to be under way when the server is killed."""
+
+LINGERING = (
+    f"SELECT FROM {OTHERS} AND state = 'active' AND wait_event = 'PgSleep' GROUP BY () HAVING count(*) = 2"
+)
+
 UNKNOWN = b"commit-outcome-unknown"
-SETTINGS = {"pool_size": CLIENTS, "max_overflow": 0, "pool_pre_ping": True}
+SETTINGS = {"pool_size": CLIENTS + 2, "max_overflow": 0, "pool_pre_ping": True}
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +99,39 @@ class Load:
             while not self._stopped:
                 number += 1
                 key = f"{name}-{number}"
-                reply = await wire.request("POST", f"/entries/{key}")
-                self.statuses[reply.status] += 1
-                if reply.is_success:
-                    self.acknowledged.append(key)
-                    continue
-                (self.unknown if reply.status == 0 or UNKNOWN in reply.body else self.refused).append(key)
-                await asyncio.sleep(BREATH)
+                if not self._told(key, await wire.request("POST", f"/entries/{key}")):
+                    await asyncio.sleep(BREATH)
+
+    async def linger(self, key: str, path: str) -> bool:
+        """One write more that takes its time; whether it was acknowledged."""
+        return self._told(key, await self.served.request("POST", path))
+
+    def _told(self, key: str, reply: Reply) -> bool:
+        """Note what the writer of *key* was told; whether it was acknowledged."""
+        self.statuses[reply.status] += 1
+        if reply.is_success:
+            self.acknowledged.append(key)
+        elif reply.status == 0 or UNKNOWN in reply.body:
+            self.unknown.append(key)
+        else:
+            self.refused.append(key)
+        return reply.is_success
+
+
+@contextlib.asynccontextmanager
+async def _amid_two_writers(load: Load, judged: FreshDatabase, number: int) -> AsyncGenerator[None]:
+    """In the block one statement and one COMMIT are under way on the server, which is to be killed in it.
+
+    All the others are nearly always between two statements, and a pool that asks its connections before it lends them
+    shows a dead one to nobody: three kills could pass unnoticed.
+    """
+    statement, commit = f"statement-{number}", f"commit-{number}"
+    async with asyncio.TaskGroup() as group:
+        in_statement = group.create_task(load.linger(statement, f"/naps/{LINGER}/{statement}"))
+        group.create_task(load.linger(commit, f"/slow/{commit}/{LINGER}"))
+        await until(judged, LINGERING, timeout=LINGER / 2)
+        yield
+    assert not in_statement.result(), "the kill was not noticed: the run is void"
 
 
 async def _kill(server: EmbeddedPostgres, whole: bool, chance: random.Random) -> None:
@@ -112,12 +146,15 @@ async def _kill(server: EmbeddedPostgres, whole: bool, chance: random.Random) ->
         except (IndexError, EmbeddedError):  # nobody is connected yet, or the victim has just ended by itself
             await asyncio.sleep(BREATH)
         else:
+            # The postmaster ends all the others once it has noticed; until then it takes connections as before.
+            while {*victims} & {*await asyncio.to_thread(server.backend_pids)}:  # noqa: ASYNC110  # of another process
+                await asyncio.sleep(BREATH)
             await asyncio.to_thread(server.wait_until_ready)
             return
 
 
 async def _kill_under(
-    load: Load, server: EmbeddedPostgres, chance: random.Random, *, kills: int, writes: int, seconds: float
+    load: Load, doomed: FreshDatabase, chance: random.Random, *, kills: int, writes: int, seconds: float
 ) -> int:
     """Kill *kills* times, evenly over *writes* acknowledged writes; how often it was done."""
     done = 0
@@ -126,8 +163,11 @@ async def _kill_under(
         async with asyncio.timeout(seconds):
             while len(load.acknowledged) < writes or done < kills:
                 if done < kills and len(load.acknowledged) >= writes * (done + 0.5) / kills:
-                    await asyncio.sleep(chance.uniform(0, 0.05))  # anywhere in somebody's transaction
-                    await _kill(server, done % POSTMASTER_EVERY == 0, chance)
+                    async with _amid_two_writers(load, doomed, done):
+                        await asyncio.sleep(
+                            chance.uniform(0, 0.05)
+                        )  # anywhere in somebody else's transaction
+                        await _kill(doomed.server, done % POSTMASTER_EVERY == 0, chance)
                     done += 1
                 else:
                     await asyncio.sleep(BREATH)
@@ -154,7 +194,7 @@ async def _run(
         subject = Subject(url=doomed.url(driver), wiring=wiring, settings=dict(SETTINGS))
         async with serving(subject, folder) as served:
             load = Load(served)
-            done = await _kill_under(load, server, chance, kills=kills, writes=writes, seconds=seconds)
+            done = await _kill_under(load, doomed, chance, kills=kills, writes=writes, seconds=seconds)
             await assert_nothing_left(doomed)
             if wiring == "stanch":
                 stats = await served.stats()
@@ -171,8 +211,8 @@ async def _run(
     )
     assert done >= kills
     assert len(load.acknowledged) >= writes
-    assert load.refused or load.unknown, "nobody noticed the kills: the run is void"
     if wiring == "stanch":
+        assert len(load.refused) + len(load.unknown) >= 2 * kills, "a COMMIT that was killed was acknowledged"
         assert denied == [], "stored, although the reply said that it was not"
     return missing
 
@@ -180,7 +220,7 @@ async def _run(
 async def test_no_acknowledged_write_is_lost_when_the_server_is_killed(
     driver: str, mortal: EmbeddedPostgres, chance: random.Random, tmp_path: Path
 ) -> None:
-    assert await _run("stanch", driver, mortal, chance, tmp_path, kills=3, writes=750, seconds=60) == []
+    assert await _run("stanch", driver, mortal, chance, tmp_path, kills=3, writes=750, seconds=100) == []
 
 
 @pytest.mark.long
@@ -197,6 +237,6 @@ async def test_the_commit_after_yield_dependency_loses_acknowledged_writes(
 ) -> None:
     """The runs above have teeth: the reply leaves before COMMIT, and some never commit."""
     missing = await _run(
-        "commit after yield", "asyncpg", mortal, chance, tmp_path, kills=6, writes=600, seconds=100
+        "commit after yield", "asyncpg", mortal, chance, tmp_path, kills=2, writes=200, seconds=100
     )
     assert missing != []
