@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -32,9 +33,11 @@ pytestmark = pytest.mark.anyio
 fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
 
 BUDGET = 0.3
-"""Seconds that a probe has in these tests."""
-SLACK = 2.0
-"""Seconds that a machine with much else to do may add to an answer that should come within a budget."""
+"""Seconds that a probe has where it is to use them up; it may do so anywhere, on a machine with much else to do."""
+AMPLE = 20.0
+"""Seconds that a probe has where it is not."""
+SLACK = 10.0
+"""Seconds that such a machine may add to an answer that should come within a budget; what ignores it takes 30."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def database(url: str, **settings: Any) -> Database[Any]:
         "pool_size": 2,
         "max_overflow": 0,
         "pool_timeout": 5.0,
-        "connect_timeout": 1.0,
+        "connect_timeout": 10.0,
         "close_timeout": 1.0,
     }
     return Database(url, **{**chosen, **settings})
@@ -74,6 +77,34 @@ async def holding(db: Database[Any], number: int) -> AsyncGenerator[AsyncExitSta
         yield stack
 
 
+async def until_ready(client: httpx.AsyncClient, path: str = "/health/ready") -> None:
+    """Ask until it is: a probe may miss its budget by the machine's fault."""
+    async with asyncio.timeout(20):
+        while (await client.get(path)).status_code != 200:  # noqa: ASYNC110  # nobody but the probe can tell
+            await asyncio.sleep(0.05)
+
+
+async def undisturbed(ask: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
+    """The reply to a probe during which the loop did not stand still: nothing is handed on by a loop that does."""
+    for _ in range(20):
+        worst = 0.0
+
+        async def watch() -> None:
+            nonlocal worst
+            while True:
+                before = time.monotonic()
+                await asyncio.sleep(0.005)
+                worst = max(worst, time.monotonic() - before)
+
+        watching = asyncio.create_task(watch())
+        reply = await ask()
+        watching.cancel()
+        await asyncio.wait([watching])
+        if worst < BUDGET / 3:
+            return reply
+    raise AssertionError("the loop never ran for the length of a probe")
+
+
 def only(reply: httpx.Response) -> dict[str, Any]:
     """What a reply says of its only database."""
     (finding,) = reply.json()["databases"]
@@ -89,13 +120,15 @@ async def test_an_app_whose_database_answers_is_ready(
     fresh_database: FreshDatabase, driver: str, path: str
 ) -> None:
     db = database(fresh_database.url(driver))
-    async with served(db) as client:
+    async with served(db, health_timeout=AMPLE) as client:
+        began = time.monotonic()
         reply = await client.get(path)
+        took = time.monotonic() - began
         assert (reply.status_code, reply.json()["status"]) == (200, "pass")
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["cache-control"] == "no-store"
         found = only(reply)
-        assert found.pop("waited") < BUDGET
+        assert 0 < found.pop("waited") <= took
         assert found == {
             "database": "main",
             "status": "pass",
@@ -132,10 +165,7 @@ async def test_start_up_is_over_once_the_database_has_answered_and_stays_so(
             await asyncio.to_thread(fragile.start)
         assert (before.status_code, only(before)["reason"]) == (503, "unavailable")
         # Nobody asks a server that is away more than once a second, so that it is not met by a crowd.
-        async with asyncio.timeout(int(before.headers["retry-after"]) + 3):
-            while (again := await client.get("/health/startup")).status_code == 503:
-                assert only(again)["reason"] == "unavailable"
-        assert again.status_code == 200
+        await until_ready(client, "/health/startup")
         await asyncio.to_thread(fragile.crash)
         try:
             assert (await client.get("/health/startup")).json() == {"status": "pass"}
@@ -147,7 +177,7 @@ async def test_start_up_is_over_once_the_database_has_answered_and_stays_so(
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_only_get_and_head(fresh_database: FreshDatabase, method: str) -> None:
-    async with served(database(fresh_database.url())) as client:
+    async with served(database(fresh_database.url()), health_timeout=AMPLE) as client:
         reply = await client.request(method, "/health/ready")
         assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD")
         head = await client.head("/health/ready")
@@ -167,7 +197,7 @@ async def test_no_route_of_the_app_hides_the_probes_and_no_documentation_names_t
     async def everything(anything: str) -> str:
         return anything
 
-    install(app, db, health="/health")
+    install(app, db, health="/health", health_timeout=AMPLE)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
         assert (await client.get("/health/live")).json() == {"status": "pass"}
@@ -184,17 +214,17 @@ async def test_a_stopped_server_makes_it_not_ready_and_a_started_one_ready_again
     fragile: EmbeddedPostgres, driver: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     db = database(fragile.url(driver))
-    async with served(db) as client:
+    async with served(db, health_timeout=AMPLE) as client:
         await asyncio.to_thread(fragile.crash)
         try:
-            replies = [await client.get("/health/ready") for _ in range(3)]
+            replies = [await client.get("/health/ready") for _ in range(2)]
             alive = await client.get("/health/live")
         finally:
             await asyncio.to_thread(fragile.start)
-        assert [(reply.status_code, reply.headers["retry-after"]) for reply in replies] == [(503, "1")] * 3
+        assert [(reply.status_code, reply.headers["retry-after"]) for reply in replies] == [(503, "1")] * 2
         assert only(replies[-1])["reason"] == "unavailable"
         assert alive.status_code == 200
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
     told = [record.message for record in caplog.records if record.message.startswith("health: ")]
     assert len(told) == 2, told
     assert told[0].startswith(
@@ -209,7 +239,7 @@ async def test_a_frozen_server_makes_it_not_ready_within_the_budget(
     """SIGSTOP: sockets stay open and nobody answers."""
     db = database(fragile.url(driver))
     async with served(db) as client:
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
         fragile.freeze()
         try:
             began = time.monotonic()
@@ -223,16 +253,14 @@ async def test_a_frozen_server_makes_it_not_ready_within_the_budget(
         assert only(reply)["waited"] >= BUDGET - 0.01
         assert took < BUDGET + SLACK
         assert alive.status_code == 200
-        async with asyncio.timeout(10):
-            while (await client.get("/health/ready")).status_code != 200:  # noqa: ASYNC110  # another process thaws
-                await asyncio.sleep(0.05)
+        await until_ready(client)
 
 
 async def test_a_server_that_turns_us_away_is_told_by_its_sqlstate_and_nothing_more(
     fresh_database: FreshDatabase, caplog: pytest.LogCaptureFixture
 ) -> None:
     app, db = FastAPI(), database(fresh_database.url() + "_missing_hunter2")
-    install(app, db, health="/health", health_timeout=BUDGET, lifespan=False)
+    install(app, db, health="/health", health_timeout=AMPLE, lifespan=False)
     async with serve(app) as url, httpx.AsyncClient(base_url=url) as client:
         reply = await client.get("/health/ready")
         assert (reply.status_code, only(reply)["sqlstate"]) == (503, "3D000")
@@ -259,7 +287,7 @@ async def test_a_starved_pool_is_not_ready_and_the_log_says_who_holds(
             "in_use": 2, "idle": 0, "bound": 2, "waiting": 0,
         }  # fmt: skip
         assert "test_health.py" not in reply.text
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
     (told,) = [record.message for record in caplog.records if "is not ready" in record.message]
     assert "pool-exhausted: no connection came free within" in told
     assert "health_timeout" in told
@@ -282,10 +310,10 @@ async def test_a_pool_that_is_full_and_hands_connections_on_is_ready_with_a_warn
         # The queue is longer than a probe has time for, and moves.
         for _ in range(2 * 3 * 3):
             visitors.create_task(visit())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while db.stats().waiting < 10:  # noqa: ASYNC110  # of tasks that have just begun
                 await asyncio.sleep(0)
-        replies = [await client.get("/health/ready") for _ in range(3)]
+        replies = [await undisturbed(partial(client.get, "/health/ready")) for _ in range(3)]
         over.set()
     assert [reply.status_code for reply in replies] == [200] * 3
     assert {only(reply)["status"] for reply in replies} == {"warn"}
@@ -296,7 +324,7 @@ async def test_a_pool_that_is_full_and_hands_connections_on_is_ready_with_a_warn
 async def test_probes_at_once_share_one_connection(fresh_database: FreshDatabase, driver: str) -> None:
     async with FaultProxy(fresh_database.server.port) as proxy:
         db = database(proxy.through(fresh_database.url(driver)) + "?sslmode=disable", pool_size=10)
-        async with served(db, health_timeout=5.0) as client:
+        async with served(db, health_timeout=AMPLE) as client:
             proxy.delay(0.2)
             probes = [asyncio.create_task(client.get("/health/ready")) for _ in range(20)]
             most = 0
@@ -312,10 +340,10 @@ async def test_probes_at_once_share_one_connection(fresh_database: FreshDatabase
 async def test_a_probe_whose_asker_hangs_up_still_answers_the_others(fresh_database: FreshDatabase) -> None:
     """And whoever asks first lends the others nothing of his: not his deadline, not his cancellation."""
     db = database(fresh_database.url())
-    health = HealthApp([db], timeout=5.0)
+    health = HealthApp([db], timeout=AMPLE)
     async with db, holding(db, 2) as held:
         first, second = (asyncio.create_task(_ask(health)) for _ in range(2))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while db.stats().waiting != 1:  # noqa: ASYNC110  # of a task that has just begun
                 await asyncio.sleep(0)
         first.cancel()
@@ -347,11 +375,11 @@ async def test_a_request_gets_its_turn_between_two_probes(fresh_database: FreshD
         while not over.is_set():
             assert (await client.get("/health/ready")).status_code == 200
 
-    async with served(db, health_timeout=5.0) as client, asyncio.TaskGroup() as probes:
+    async with served(db, health_timeout=AMPLE) as client, asyncio.TaskGroup() as probes:
         for _ in range(5):
             probes.create_task(probe(client))
         for _ in range(20):
-            async with asyncio.timeout(5), db.connect() as connection:
+            async with asyncio.timeout(20), db.connect() as connection:
                 await connection.execute(text("SELECT 1"))
         over.set()
     await assert_nothing_left(fresh_database)
@@ -360,12 +388,17 @@ async def test_a_request_gets_its_turn_between_two_probes(fresh_database: FreshD
 async def test_readers_with_connections_of_their_own_are_asked_as_well(fresh_database: FreshDatabase) -> None:
     db = database(fresh_database.url(), reader_pool_size=1)
     async with served(db) as client:
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
         async with db.reader_engine.connect():
             assert only(await client.get("/health/ready"))["reason"] == "pool-exhausted"
-        async with holding(db, 2):
-            assert only(await client.get("/health/ready"))["reason"] == "pool-exhausted"
-        assert (await client.get("/health/ready")).status_code == 200
+        async with holding(db, 2), asyncio.timeout(20):
+            # on a busy machine the readers alone, who are asked first, may use up the budget
+            while (reply := await client.get("/health/ready")).status_code == 503:
+                if only(reply)["reason"] == "pool-exhausted":
+                    break
+                assert only(reply)["reason"] == "deadline"
+            assert reply.status_code == 503
+        await until_ready(client)
 
 
 async def test_readers_who_starve_are_not_helped_by_writers_who_do_not(fresh_database: FreshDatabase) -> None:
@@ -392,13 +425,13 @@ async def test_a_pool_that_is_not_ours_is_asked_within_the_budget_too(fresh_data
     )
     db = Database(engine, adopt=False)
     async with served(db) as client:
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
         async with engine.connect():
             began = time.monotonic()
             reply = await client.get("/health/ready")
             assert time.monotonic() - began < BUDGET + SLACK
             assert (reply.status_code, only(reply)["reason"]) == (503, "deadline")
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
 
 
 # Several databases, and their lives -------------------------------------------------------------------------
@@ -408,7 +441,7 @@ async def test_each_of_several_databases_is_told_and_the_worst_decides(
     fresh_database: FreshDatabase, fragile: EmbeddedPostgres
 ) -> None:
     main, billing = database(fresh_database.url()), database(fragile.url(), name="billing")
-    async with served(main, billing) as client:
+    async with served(main, billing, health_timeout=AMPLE) as client:
         await asyncio.to_thread(fragile.crash)
         try:
             reply = await client.get("/health")
@@ -450,14 +483,14 @@ async def test_while_it_drains_and_afterwards_it_is_not_ready_and_lives(
         ]
         assert alive.status_code == 200
         await db.open()
-        assert (await client.get("/health/ready")).status_code == 200
+        await until_ready(client)
         await db.close()
 
 
 async def test_a_test_client_asks_from_loops_of_its_own(fresh_database: FreshDatabase) -> None:
     """The answer of a probe that another loop began is of no use in this one."""
     app, db = FastAPI(), database(fresh_database.url())
-    install(app, db, health="/health")
+    install(app, db, health="/health", health_timeout=AMPLE)
 
     def ask() -> list[int]:
         with TestClient(app) as client:
@@ -469,10 +502,10 @@ async def test_a_test_client_asks_from_loops_of_its_own(fresh_database: FreshDat
 
 async def test_a_probe_on_another_loop_is_no_answer_here(fresh_database: FreshDatabase) -> None:
     db = database(fresh_database.url())
-    health = HealthApp([db], timeout=5.0)
+    health = HealthApp([db], timeout=AMPLE)
     async with db, holding(db, 2) as held:
         here = asyncio.create_task(_ask(health))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while db.stats().waiting != 1:  # noqa: ASYNC110  # of a task that has just begun
                 await asyncio.sleep(0)
         elsewhere = await asyncio.to_thread(lambda: asyncio.run(_ask(health)))
