@@ -356,7 +356,7 @@ async def test_instruments_are_beside_themselves_switched_off(
     assert import_module("stanch.events").context_providers == [], "OpenTelemetry is told nothing more"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_tiny_run_of_fairness(shop_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = fairness.Length(2, 0.2)
     monkeypatch.setattr(fairness, "LENGTHS", {Scale.QUICK: (tiny, tiny)})
@@ -375,7 +375,7 @@ async def test_a_tiny_run_of_fairness(shop_database: FreshDatabase, monkeypatch:
     assert told["failed"] == (0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_tiny_run_of_overload(shop_database: FreshDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overload, "LENGTHS", {Scale.QUICK: overload.Length(1, 0.5, 0.5)})
     monkeypatch.setattr(overload, "LOADS", (4,))
@@ -389,7 +389,7 @@ async def test_a_tiny_run_of_overload(shop_database: FreshDatabase, monkeypatch:
     assert told["failed"] == (0,)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_tiny_run_of_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restart, "LENGTHS", {Scale.QUICK: restart.Length(1, 0.2, 2.5)})
     monkeypatch.setattr(restart, "AWAY", 1.5)  # stanch tells nobody of what is over within a moment

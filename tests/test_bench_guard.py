@@ -41,7 +41,7 @@ def test_nothing_has_become_more_costly_than_the_baseline() -> None:
 
 
 @needs("valgrind")
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(GUARD_TIMEOUT)
 def test_a_subject_that_does_not_answer_is_not_counted() -> None:
     with (

@@ -570,7 +570,7 @@ async source => {
 
 @pytest.mark.anyio
 @pytest.mark.chromium
-@pytest.mark.slow
+@pytest.mark.long
 async def test_a_browser_draws_every_text_inside_and_apart_at_every_width(tmp_path: Path) -> None:
     async with browsing() as browser:
         for width, (name, svg) in itertools.product((NARROWEST, 800), DRAWN.items()):

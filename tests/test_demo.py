@@ -456,7 +456,7 @@ def finds(output: str) -> dict[Culprit, tuple[str, str]]:
     return {paths[path]: (ours.strip(), theirs.strip()) for path, ours, theirs in rows}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_short_run_loses_nothing_on_stanch_and_loses_on_the_hand_written_pattern(
     demos: list[Demo], tmp_path: Path

@@ -816,7 +816,8 @@ def test_second_living_loop_is_refused_by_name_and_may_go_on_once_the_first_is_c
 def test_what_a_closed_loop_has_left_can_be_closed_in_another_although_somebody_waited_for_it(
     postgres: EmbeddedPostgres, driver: str
 ) -> None:
-    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0)
+    # Who waited is still at work there, and never ends: the close waits for him as long as it may.
+    db: Database[Any] = Database(postgres.url(driver), pool_size=1, max_overflow=0, drain_timeout=0.2)
     left: list[Any] = []
 
     async def leave() -> None:

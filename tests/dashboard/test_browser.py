@@ -526,6 +526,7 @@ async def uvicorn(folder: Path, port: int) -> AsyncGenerator[httpx.AsyncClient]:
         await asyncio.to_thread(server.wait, 20)
 
 
+@pytest.mark.long
 async def test_the_page_comes_back_after_a_restart_and_keeps_both_workers_apart(
     browser: Browser, tmp_path: Path
 ) -> None:
@@ -573,6 +574,7 @@ TURNS = (
 )
 
 
+@pytest.mark.long
 async def test_turns_of_the_feed_are_not_seen(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     """The feed ends often, and the browser comes back: no gap in the chart, no word of it on the page."""
     monkeypatch.setattr(dashboard, "_TURN", 1.5)
