@@ -82,13 +82,34 @@ def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_abandoned_by_its_module() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+    _fail_for(_abandoned_now())
+
+
 @pytest.fixture(autouse=True)
 def _nothing_abandoned(request: pytest.FixtureRequest) -> Iterator[None]:
     with AbandonedConnections() as abandoned:
         yield
+    complaints = _abandoned_now()
+    if request.node.get_closest_marker("abandons_connections") is None:
+        _fail_for([*abandoned.complaints, *complaints])
+
+
+def _abandoned_now() -> list[str]:
+    """What is found to be left to the garbage collector, which then looks at nothing that is still in use.
+
+    A test collects what is its own: to go through all that others keep each time took a tenth of the whole run.
+    """
+    with AbandonedConnections() as abandoned, warnings.catch_warnings(record=True, action="always") as warned:
         # recorded, because a warning raised inside the collector would be reported in the next test's name
-        with warnings.catch_warnings(record=True, action="always") as warned:
-            gc.collect()
-    complaints = [*abandoned.complaints, *(str(warning.message) for warning in warned)]
-    if complaints and request.node.get_closest_marker("abandons_connections") is None:
+        gc.collect()
+    gc.freeze()
+    return [*abandoned.complaints, *(str(warning.message) for warning in warned)]
+
+
+def _fail_for(complaints: list[str]) -> None:
+    if complaints:
         pytest.fail("left to the garbage collector:\n" + "\n".join(complaints))
