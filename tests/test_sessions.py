@@ -617,7 +617,7 @@ async def test_cancelled_while_it_waits_for_a_straggler_it_still_closes(
     await assert_nothing_left(library, db)
     begun = asyncio.get_running_loop().time()
     await db.close()
-    assert asyncio.get_running_loop().time() - begun < 2, "the session is off the books"
+    assert asyncio.get_running_loop().time() - begun < 8, "the session is off the books"
     await db.open()
 
 

@@ -362,8 +362,8 @@ async def test_uvicorn_stops_while_a_page_is_open(sign: signal.Signals, tmp_path
             server.send_signal(sign)
             async for _ in reader:
                 pass
-        await asyncio.to_thread(server.wait, 10)
-        assert time.monotonic() - begun < 5
+        await asyncio.to_thread(server.wait, 20)
+        assert time.monotonic() - begun < 20, "without a word it waits for ever"
         assert "Traceback" not in server.stderr.read()
     finally:
         server.kill()
