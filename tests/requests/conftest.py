@@ -9,11 +9,14 @@ import pytest
 
 from stanch.fastapi import install
 from tests.requests.shop import SCHEMA, Shop
+from tests.support import cleaned
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from tests.support.judge import FreshDatabase
+
+fresh_database, module_database = cleaned.fresh_database, cleaned.module_database
 
 
 @pytest.fixture
