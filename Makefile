@@ -27,7 +27,7 @@ help: ## What can be made
 demo: $(READY) ## A shop on stanch and a real PostgreSQL, under fire (ARGS="--serve" keeps it running)
 	@$(BIN)/python -m stanch.demo $(ARGS)
 
-test: $(READY) ## The tests, without those that take minutes
+test: $(READY) ## The tests, without those that take long
 	@$(BIN)/python -m pytest -n $(WORKERS) -m "$(MARKS)" $(ARGS)
 
 test-all: MARKS =
