@@ -36,7 +36,7 @@ BUDGET = 0.3
 """Seconds that a probe has where it is to use them up; it may do so anywhere, on a machine with much else to do."""
 AMPLE = 20.0
 """Seconds that a probe has where it is not."""
-SLACK = 10.0
+SLACK = 2.0
 """Seconds that such a machine may add to an answer that should come within a budget; what ignores it takes 30."""
 
 
